@@ -1,0 +1,191 @@
+"""Dataclasses <-> YAML <-> command line, through jsonargparse; unknown names are answered with the nearest one."""
+
+import argparse
+import inspect
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from prior.base import PriorConfig
+from tokenizer.base import TokenizerConfig
+from tokenizer.registry import lookup, nearest_known
+
+# What a model's surroundings determine (data, codes, another model) is never typed by a user.
+IMPLIED = {field.name for config in (TokenizerConfig, PriorConfig) for field in fields(config)}
+
+
+class Parser(ArgumentParser):
+    """An `ArgumentParser` whose errors are one line and name the nearest known field or value."""
+
+    def error(self, message, ex=None):
+        self.exit(2, f"{self.prog}: error: {explain(str(message), self.known_names())}\n")
+
+    def known_names(self) -> list[str]:
+        return [name.removeprefix("--") for action in self._actions for name in action.option_strings]
+
+
+def explain(message: str, known: list[str]) -> str:
+    """A parser's message on one line, with the nearest known name where the message is about an unknown one."""
+    message = " ".join(message.split())
+    if found := re.search(r"unrecognized arguments: (?:--)?([\w.-]+)", message):
+        return f"unknown field '{found[1]}'{_nearest_field(found[1], known)}"
+    if found := re.search(
+        r"(?:Group '([\w.]+)' does not accept|does not accept) (?:option|nested key) '([\w.]+)'", message
+    ):
+        name = ".".join(part for part in found.groups() if part)
+        return f"unknown field '{name}'{_nearest_field(name, known)}"
+    if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+        choices = re.findall(r"[\w.]+", found[2])
+        field = re.search(r"argument --([\w.]+)", message)
+        return f"unknown value '{found[1]}'{f' for {field[1]}' if field else ''}{nearest_known(found[1], choices)}"
+    if found := re.search(r'key "([\w.]+)": Expected a typing\.Literal\[(.*)\]\. Got value: (.*)', message):
+        choices = re.findall(r"[\w.]+", found[2])
+        return f"unknown value '{found[3]}' for {found[1]}{nearest_known(found[3], choices)}"
+    return message
+
+
+def _nearest_field(name: str, known: list[str]) -> str:
+    # compared by the last part too: 'learning_rate' alone should lead to 'training.learning_rate'
+    leaf = name.rsplit(".", 1)[-1]
+    for full in known:
+        if full.rsplit(".", 1)[-1] == leaf and full != name:
+            return f"; did you mean '{full}'?"
+    return nearest_known(name, known).split(" (known:")[0] + "; --help lists every field"
+
+
+class Polymorphic:
+    """A section whose fields depend on its "type": one model of a registry, with the parts it is made of.
+
+    Args:
+        registry: name -> model class, each with a dataclass `Config` and optionally `parts`.
+        default: the type when none is given.
+    """
+
+    def __init__(self, registry: dict[str, type], default: str):
+        self.registry = registry
+        self.default = default
+
+
+def parse(
+    description: str,
+    sections: dict[str, type | Polymorphic],
+    options: type,
+    argv: list[str] | None = None,
+    *,
+    defaults: dict | None = None,
+) -> dict:
+    """Reads YAML and command line into one plain nested dict.
+
+    Args:
+        description: the first lines of --help.
+        sections: name -> dataclass or `Polymorphic`.
+        options: a dataclass of fields outside any section (--output and the like).
+        argv: arguments; None takes those of the process.
+        defaults: {section: {field: value}} in place of the dataclasses' own defaults.
+    Returns:
+        {option: value, section: {field: value}} with every default filled in; made of what YAML can hold.
+    Exits:
+        with status 2 and one line on standard error for an unknown field or value; with 0 after --help.
+    """
+    parser = Parser(description=description, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file of any of the fields below")
+    chosen = _chosen_types(argv)
+    parser.add_class_arguments(options)
+    for name, section in sections.items():
+        try:
+            if isinstance(section, Polymorphic):
+                _add_model(parser, name, section, chosen)
+            else:
+                parser.add_class_arguments(section, name)
+        except ValueError as error:  # an unknown type
+            parser.exit(2, f"{parser.prog}: error: {error}\n")
+    for name, values in (defaults or {}).items():
+        parser.set_defaults({f"{name}.{field}": value for field, value in values.items()})
+    parsed = parser.parse_args(argv).as_dict()
+    del parsed["config"]
+    return plain(parsed)
+
+
+def _add_model(parser: Parser, name: str, section: Polymorphic, chosen: dict[str, str]) -> None:
+    model_type = chosen.get(name, section.default)
+    model = lookup(name, section.registry, model_type)
+    _add_type(parser, name, section.registry, section.default, f"which {name}; its own fields are listed below")
+    parts = getattr(model, "parts", {})
+    parser.add_class_arguments(model.Config, name, skip=IMPLIED | set(parts))
+    parser.groups[name].title = f"{name} = {model_type}"
+    for part, registry in parts.items():
+        key = f"{name}.{part}"
+        defaults = next(f for f in fields(model.Config) if f.name == part).default_factory()
+        part_type = chosen.get(key, defaults["type"])
+        cls = lookup(part, registry, part_type)
+        _add_type(parser, key, registry, defaults["type"], f"which {part}; its own fields are listed below")
+        parser.add_class_arguments(cls, key, skip=_implied_arguments(cls))
+        parser.groups[key].title = f"{key} = {part_type}"
+        if part_type == defaults["type"]:
+            parser.set_defaults({f"{key}.{option}": value for option, value in defaults.items()})
+
+
+def _add_type(parser: Parser, key: str, registry: dict[str, type], default: str, meaning: str) -> None:
+    parser.add_argument(f"--{key}.type", choices=sorted(registry), default=default, help=meaning)
+
+
+def _implied_arguments(cls: type) -> set[str]:
+    """Parameters without a default: sizes that the surroundings determine."""
+    return {name for name, p in inspect.signature(cls).parameters.items() if p.default is p.empty}
+
+
+def peek(name: str, argv: list[str] | None = None) -> str | None:
+    """The value of --name, for a script whose defaults depend on it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(f"--{name}", dest="value")
+    return first.parse_known_args(argv)[0].value
+
+
+def _chosen_types(argv: list[str] | None) -> dict[str, str]:
+    """The types named in the YAML file and on the command line, which decide what fields there are."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", action="append", default=[])
+    known, rest = first.parse_known_args(argv)
+    chosen: dict[str, str] = {}
+    for path in known.config:
+        if Path(path).is_file():  # a missing file is reported by the parser proper
+            _collect_types(yaml.safe_load(Path(path).read_text()) or {}, "", chosen)
+    for position, argument in enumerate(rest):
+        if found := re.fullmatch(r"--([\w.]+)\.type(?:=(.*))?", argument):
+            value = found[2] if found[2] is not None else next(iter(rest[position + 1 :]), "")
+            chosen[found[1]] = value
+    return chosen
+
+
+def _collect_types(values, key: str, chosen: dict[str, str]) -> None:
+    if isinstance(values, dict):
+        for name, value in values.items():
+            if name == "type":
+                chosen[key] = str(value)
+            _collect_types(value, f"{key}.{name}" if key else str(name), chosen)
+
+
+def plain(value):
+    """`value` with only dicts, lists and scalars in it, as YAML and JSON hold them."""
+    if isinstance(value, Namespace):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
+    """{dotted field: (old value, new value)} wherever two nested dicts differ."""
+    found = {}
+    for key in sorted(set(old) | set(new)):
+        name, a, b = f"{prefix}{key}", old.get(key, MISSING), new.get(key, MISSING)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found.update(differences(a, b, f"{name}."))
+        elif a != b:
+            found[name] = tuple("(absent)" if value is MISSING else value for value in (a, b))
+    return found

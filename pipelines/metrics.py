@@ -1,0 +1,78 @@
+"""Numbers that models are compared by, as functions of tensors."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prior.base import Codes, CodeSpec
+
+
+def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
+    """Nats per image -> bits per pixel and channel."""
+    return nats / (num_dims * math.log(2))
+
+
+def psnr(images: Tensor, targets: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, (B,) in dB, for images in [0, 1]; at most 100 dB (equal images)."""
+    mse = (images - targets).square().flatten(1).mean(dim=1)
+    return -10 * torch.log10(mse.clamp_min(1e-10))
+
+
+def codebook_usage(counts: Tensor) -> float:
+    """The fraction of codes that occur, from counts (K,)."""
+    return (counts > 0).double().mean().item()
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy of the codes' empirical distribution, from counts (K,): between 1 and K; nan without codes."""
+    if counts.sum() == 0:
+        return math.nan
+    probabilities = counts.double() / counts.sum()
+    return torch.special.entr(probabilities).sum().exp().item()
+
+
+class CodeCounts(nn.Module):
+    """How often each code of each level occurred, over all processes.
+
+    Counts are gathered by `add` in each process and become common to all in `merge`.
+    """
+
+    def __init__(self, spec: CodeSpec):
+        super().__init__()
+        self.num_levels = spec.num_levels
+        for level, vocab_size in enumerate(spec.vocab_sizes):
+            self.register_buffer(f"total_{level}", torch.zeros(vocab_size, dtype=torch.int64))
+            # A state is saved only between steps, where nothing is pending
+            self.register_buffer(f"pending_{level}", torch.zeros(vocab_size, dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def add(self, codes: Codes) -> None:
+        for level, code in enumerate(codes):
+            pending = self.get_buffer(f"pending_{level}")
+            pending += torch.bincount(code.flatten(), minlength=len(pending))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        pending = [self.get_buffer(f"pending_{level}") for level in range(self.num_levels)]
+        merged = torch.cat(pending)
+        if dist.is_initialized():
+            dist.all_reduce(merged)
+        for level, part in enumerate(merged.split([len(p) for p in pending])):
+            self.get_buffer(f"total_{level}").add_(part)
+            pending[level].zero_()
+
+    def reset(self) -> None:
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def summary(self) -> dict[str, float]:
+        """Usage and perplexity, by level where there are several."""
+        result = {}
+        for level in range(self.num_levels):
+            suffix = f"_{level}" if self.num_levels > 1 else ""
+            counts = self.get_buffer(f"total_{level}")
+            result[f"codebook_usage{suffix}"] = codebook_usage(counts)
+            result[f"perplexity{suffix}"] = perplexity(counts)
+        return result

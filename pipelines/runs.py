@@ -1,0 +1,72 @@
+"""Run folders and the manners of a script: where a run lies, what is kept of its configuration, errors as one line."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from pipelines.config import differences
+from pipelines.files import atomic_file
+from pipelines.images import DataConfig, ImageDataset, load_images
+from tokenizer.base import Tokenizer
+
+RUNS = Path("runs")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Calls `main`; a user's mistake ends with status 1 and one line, unless TESSERA_TRACEBACK is set."""
+    try:
+        main()
+    except (ValueError, OSError, ArithmeticError) as error:
+        if os.environ.get("TESSERA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:
+    """The run folder named, or the one under `runs` in which `containing` was written last.
+
+    Raises:
+        ValueError: the folder named does not have `containing`, or there is none that has.
+    """
+    if run is not None:
+        if not (Path(run) / containing).exists():
+            raise ValueError(f"{run} has no {containing}; is it a run folder, and did its training finish?")
+        return Path(run)
+    found = sorted(runs.glob(f"*/{containing}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no run under {runs.absolute()} has {containing}; train a tokenizer first, or give --run")
+    return found[-1].parents[len(Path(containing).parts) - 1]
+
+
+def save_config(path: Path, config: dict) -> None:
+    """Writes a resolved configuration as YAML that --config reads back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(yaml.safe_dump(config, sort_keys=False).encode())
+
+
+def saved_data_section(run: Path) -> dict:
+    """{"data": ...}: the data that a run's tokenizer was trained on, as it stands in its configuration."""
+    path = run / "stage_one" / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {run} does not say which data its tokenizer was trained on")
+    return {"data": yaml.safe_load(path.read_text())["data"]}
+
+
+def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str) -> ImageDataset:
+    """Images prepared as the tokenizer's training images were.
+
+    Raises:
+        ValueError: the data would be prepared in another way, with each difference.
+    """
+    images = load_images(config, split)
+    changed = differences(tokenizer.config.preprocessing, images.preprocessing)
+    if changed:
+        listed = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
+        raise ValueError(f"the tokenizer was trained on images prepared otherwise ({listed}); set data.* to match")
+    return images

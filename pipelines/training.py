@@ -1,0 +1,787 @@
+"""One training loop for both stages, in which a stopped and continued run is the same run, bit for bit.
+
+Everything random is a function of (seed, process, step), and the order of the data a function of (seed, epoch), so
+that weights, averages and optimizer are all there is to save. Training code that does this by saving and restoring
+generators cannot be exact in the middle of an epoch, because loaders draw ahead.
+"""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from pipelines.checkpoint import load_state, newest_state, save_state
+from pipelines.config import differences
+from pipelines.files import folder_lock, write_json_atomic
+from pipelines.objectives import Objective
+
+# Fields that may change between a run and its continuation without making it another run.
+FREE_TO_CHANGE = (
+    "training.total_steps", "training.num_workers", "training.log_every", "training.eval_every", "training.save_every",
+    "training.tracker", "training.cpu", "training.allow_process_count_change", "training.compile",
+    "data.root", "data.download", "data.cache_bytes", "output",
+)  # fmt: skip
+
+
+# Codebooks start from one pass without gradients over this many images at most
+LARGEST_INITIAL_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained.
+
+    Args:
+        total_steps: optimizer steps in all.
+        batch_size: images per optimizer step, over all processes and accumulated micro-batches: the same number
+            means the same training on one device and on eight.
+        gradient_accumulation_steps: micro-batches that one step is made of.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: decoupled weight decay.
+        adam_beta1: decay of the first moment.
+        adam_beta2: decay of the second moment.
+        lr_schedule: shape of the learning rate after the warm-up.
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        max_grad_norm: gradients are clipped to this norm; 0 turns it off.
+        ema_decay: decay of the running average of the weights, which is what is evaluated and saved; 0 turns it off.
+        mixed_precision: "no", "fp16" or "bf16"; none takes what accelerate was launched with.
+        compile: compile the model with torch.compile.
+        seed: seed of weights, data order and noise.
+        num_workers: processes that load data beside each training process.
+        log_every: steps between lines of the log.
+        eval_every: steps between evaluations on the validation data, with pictures.
+        save_every: steps between saved states.
+        tracker: "tensorboard", any other tracker that accelerate knows, or "none"; log.jsonl is always written.
+        cpu: train on the CPU even where there is an accelerator.
+        allow_process_count_change: let a run continue on another number of processes; its noise then differs.
+    """
+
+    total_steps: int = 2000
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = 100
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    compile: bool = False
+    seed: int = 0
+    num_workers: int = 0
+    log_every: int = 50
+    eval_every: int = 500
+    save_every: int = 500
+    tracker: str = "tensorboard"
+    cpu: bool = False
+    allow_process_count_change: bool = False
+
+    def __post_init__(self):
+        for name in (
+            "total_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "eval_every",
+            "save_every",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"training.learning_rate must be above 0, got {self.learning_rate}")
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss or gradient became infinite or NaN; raised on all processes before the optimizer step."""
+
+
+@dataclass
+class Update:
+    """One optimizer with the objective it minimises; a GAN is two of them."""
+
+    name: str
+    module: Objective
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass
+class FitResult:
+    """What came out of training.
+
+    best_step: step of the weights that were kept; metrics: their values on the validation data; weights: the best
+    weights of the first update's model, on the CPU; steps_run: 0 where the run had been finished before.
+    """
+
+    best_step: int
+    metrics: dict[str, float]
+    weights: dict[str, Tensor]
+    steps_run: int
+
+
+@dataclass
+class _Progress:
+    """All that a state holds beside tensors."""
+
+    step: int = 0
+    best_step: int = 0
+    best_metrics: dict[str, float] = field(default_factory=dict)
+
+
+def adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters. Raises ValueError where there are none, as in the uniform prior."""
+    if not any(True for _ in module.parameters()):
+        raise ValueError(f"{type(module.model).__name__} has no parameters: there is nothing to train")
+    return torch.optim.AdamW(
+        module.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def describe(accelerator: Accelerator, model: nn.Module, train_data: Dataset, validation_data: Dataset) -> str:
+    """A line that says what is about to be trained, on what and where."""
+    codes = " + ".join(
+        f"{'x'.join(map(str, shape))} codes of {size}" for shape, size in zip(model.spec.shapes, model.spec.vocab_sizes)
+    )
+    return (
+        f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {codes}; "
+        f"{len(train_data):,} training and {len(validation_data):,} validation images; "
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} "
+        f"on {accelerator.device.type}, mixed precision {accelerator.mixed_precision}"
+    )
+
+
+def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
+    """The accelerator for a run.
+
+    Raises:
+        ValueError: several processes were launched that do not know of each other, a tracker that is not installed, or
+            bf16 on a CPU that computes it slower than float32.
+    """
+    end_with_the_launcher()
+    cpu = config.cpu or not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=folder,
+        # Codebooks are made equal by their own all-reduce; a broadcast would throw away what other processes counted.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: each would train "
+            "alone and write the same files. On CPUs, set ACCELERATE_USE_CPU=true and launch with torchrun"
+        )
+    if config.tracker != "none" and not accelerator.log_with:
+        raise ValueError(f"training.tracker = '{config.tracker}' is not installed; install it or take 'tensorboard'")
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
+        raise ValueError(
+            "mixed_precision = 'bf16' on this CPU, which has no bf16 units, is over twice as slow as float32; take 'no'"
+        )
+    return accelerator
+
+
+def cpu_computes_bf16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return not flags.exists() or any(unit in flags.read_text() for unit in ("avx512_bf16", "amx_bf16"))
+
+
+def end_with_the_launcher() -> None:
+    """Lets this process be told when its launcher dies, which would otherwise leave it training unseen (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class StepBatches:
+    """The keys of each batch as a function of the step: (index, epoch) pairs of this process's micro-batches.
+
+    The data set is walked in a new order each epoch, epochs joined end to end, so that every batch is full and every
+    image comes once per epoch.
+
+    Args:
+        length: images in the data set.
+        batch_size: images per step over all processes and micro-batches.
+        num_micro_batches: gradient accumulation steps.
+    Raises:
+        ValueError: the batch cannot be divided evenly, or is larger than the data set.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        num_micro_batches: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+        total_steps: int,
+    ):
+        shares = num_micro_batches * num_processes
+        if batch_size % shares:
+            raise ValueError(
+                f"batch_size = {batch_size} cannot be divided over {num_processes} processes x "
+                f"{num_micro_batches} micro-batches; take a multiple of {shares}"
+            )
+        if batch_size > length:
+            raise ValueError(f"batch_size = {batch_size} is larger than the data set of {length} images")
+        self.length, self.batch_size, self.num_micro_batches = length, batch_size, num_micro_batches
+        self.process_index, self.num_processes, self.seed = process_index, num_processes, seed
+        self.start_step, self.total_steps = start_step, total_steps
+        self._orders: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.start_step) * self.num_micro_batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start_step, self.total_steps):
+            for micro_batch in range(self.num_micro_batches):
+                yield self.keys(step, micro_batch)
+
+    def keys(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
+        share = self.batch_size // (self.num_micro_batches * self.num_processes)
+        start = step * self.batch_size + (micro_batch * self.num_processes + self.process_index) * share
+        return [self._key(position) for position in range(start, start + share)]
+
+    def epoch(self, step: int) -> int:
+        """The epoch that a step's first image belongs to."""
+        return step * self.batch_size // self.length
+
+    def _key(self, position: int) -> tuple[int, int]:
+        epoch, place = divmod(position, self.length)
+        if epoch not in self._orders:
+            # A batch spans two epochs at most
+            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
+            self._orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
+        return self._orders[epoch][place], epoch
+
+
+def derived_seed(*parts) -> int:
+    """A seed that is a function of all its parts, and unrelated for neighbouring ones."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+class EMA:
+    """Running average of a module's parameters; buffers (codebooks with averages of their own) are taken as they are.
+
+    The decay rises as (1 + t) / (10 + t), so that the first steps do not linger.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def adopt_current(self) -> None:
+        """Makes the module's present parameters the average (after they were loaded into it)."""
+        torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
+
+    @contextmanager
+    def applied(self):
+        """Within the context the module holds the averaged parameters."""
+        if self.decay == 0:
+            yield
+            return
+        parameters = [p.detach() for p in self.parameters]
+        kept = [p.clone() for p in parameters]
+        torch._foreach_copy_(parameters, self.average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, kept)
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT, so that a run ends between two steps with its state saved."""
+
+    def __init__(self):
+        self.signal_number: int | None = None
+
+    def __enter__(self):
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal_number = number
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop; the same answer on all."""
+        if accelerator.num_processes == 1:
+            return self.signal_number is not None
+        flag = torch.tensor(float(self.signal_number or 0), device=accelerator.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self.signal_number = int(flag.item()) or None
+        return self.signal_number is not None
+
+
+def fit(
+    accelerator: Accelerator,
+    updates: list[Update],
+    train_data: Dataset,
+    validation_data: Dataset,
+    *,
+    folder: Path,
+    config: TrainingConfig,
+    resolved: dict,
+    on_evaluate: Callable[[int, nn.Module], None] | None = None,
+) -> FitResult:
+    """Trains, evaluates, and returns the best weights.
+
+    Run again on the same folder, it continues from the last state, exactly; a finished run is not trained again.
+
+    Args:
+        updates: modules with their optimizers, in the order of their updates; the first is the one evaluated and kept.
+        train_data, validation_data: data sets with `__getitems__` and `collate`.
+        folder: receives state/, best/, log.jsonl and the trackers' files.
+        config: see `TrainingConfig`.
+        resolved: the whole configuration of the run, by which a continued run is known to be the same.
+        on_evaluate: called as on_evaluate(step, model) on the main process at every evaluation, for pictures.
+    Raises:
+        ValueError: the folder belongs to another configuration, or the batch does not divide.
+        NonFiniteLossError: a loss or gradient is not finite.
+        SystemExit: 128 + signal number, once the state is saved, after SIGTERM or SIGINT.
+    """
+    lock = folder_lock(folder) if accelerator.is_main_process else nullcontext()
+    with lock, StopRequest() as stop:
+        run = _Run(accelerator, updates, train_data, validation_data, folder, config, resolved, on_evaluate)
+        return run.train(stop)
+
+
+class _Run:
+    """The state of one call of `fit`, so that its paragraphs can have names."""
+
+    def __init__(self, accelerator, updates, train_data, validation_data, folder, config, resolved, on_evaluate):
+        self.accelerator, self.updates, self.folder, self.config = accelerator, updates, folder, config
+        self.train_data, self.validation_data, self.resolved = train_data, validation_data, resolved
+        self.on_evaluate = on_evaluate
+        self.progress = _Progress()
+        self.batches = self._step_batches(0)  # fails now, not after the model is prepared
+        self._prepare()
+        self._resume()
+
+    def train(self, stop: StopRequest) -> FitResult:
+        config, accelerator, progress = self.config, self.accelerator, self.progress
+        start_step = progress.step
+        if start_step < config.total_steps:
+            self._start_trackers()
+            batches = self._loader()
+            window = _LossWindow(accelerator)
+            bar = self._progress_bar()
+            for step in range(start_step, config.total_steps):
+                if step > 0 and self.batches.epoch(step) != self.batches.epoch(step - 1):
+                    self._log(step, {f"epoch/{k}": v for k, v in self.objective.summary().items()})
+                    self.objective.start_epoch()
+                for micro_batch in range(config.gradient_accumulation_steps):
+                    window.add(self._micro_step(step, micro_batch, next(batches)))
+                for ema in self.emas:
+                    ema.update(step)
+                for update in self.updates:
+                    accelerator.unwrap_model(update.module).after_step()
+                self.scheduler_step()
+                progress.step = step + 1
+                bar.update(config.batch_size)
+                last = progress.step == config.total_steps
+                if progress.step % config.log_every == 0 or last:
+                    values = window.mean() | self.objective.summary() | {"learning_rate": self.learning_rate()}
+                    values |= window.rate(config.batch_size // config.gradient_accumulation_steps)
+                    bar.set_postfix_str(_brief(values))
+                    self._log(progress.step, {f"train/{k}": v for k, v in values.items()})
+                if progress.step % config.eval_every == 0 or last:
+                    self._evaluate(bar)
+                stopped = stop.agreed(accelerator)
+                if progress.step % config.save_every == 0 or last or stopped:
+                    self._save()
+                if stopped:
+                    bar.close()
+                    accelerator.end_training()
+                    accelerator.print(f"stopped by signal {stop.signal_number} at step {progress.step}, state saved; "
+                                      "run the same command to go on")  # fmt: skip
+                    raise SystemExit(128 + stop.signal_number)
+            bar.close()
+            accelerator.end_training()
+        steps_run = max(0, config.total_steps - start_step)
+        return FitResult(progress.best_step, progress.best_metrics, self._best_weights(), steps_run)
+
+    # Paragraphs of the loop, in order
+    # --------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        from transformers.optimization import get_scheduler  # a second of imports
+
+        self.schedulers, self.emas = [], []
+        if newest_state(self.folder / "state") is None:
+            self._initialize()
+        for update in self.updates:
+            if self.config.compile:
+                update.module.model.compile()
+            update.module, update.optimizer = self.accelerator.prepare(update.module, update.optimizer)
+            self.emas.append(EMA(update.module, self.config.ema_decay))
+            self.schedulers.append(
+                get_scheduler(
+                    self.config.lr_schedule,
+                    update.optimizer.optimizer,
+                    num_warmup_steps=self.config.warmup_steps,
+                    num_training_steps=self.config.total_steps,
+                )
+            )
+        self.module = self.updates[0].module
+        self.objective: Objective = self.accelerator.unwrap_model(self.module)
+
+    def _initialize(self) -> None:
+        size = min(self.config.batch_size, LARGEST_INITIAL_BATCH)
+        keys = StepBatches(len(self.train_data), size, seed=self.config.seed, total_steps=1).keys(0, 0)
+        batch = _to_device(self.train_data.collate(self.train_data.__getitems__(keys)), self.accelerator.device)
+        for update in self.updates:
+            update.module.to(self.accelerator.device).initialize(batch)
+
+    def _resume(self) -> None:
+        state = newest_state(self.folder / "state")
+        if state is None:
+            return
+        tensors, info = load_state(state)
+        self._check_same_run(info, state)
+        for update, ema, scheduler in zip(self.updates, self.emas, self.schedulers):
+            saved = info["updates"][update.name]
+            if self.config.ema_decay:
+                _set_weights(update.module, tensors[f"{update.name}.ema"])
+                ema.adopt_current()
+            _set_weights(update.module, tensors[f"{update.name}.weights"])
+            _set_optimizer(update, tensors[f"{update.name}.optimizer"], saved["param_groups"])
+            scheduler.load_state_dict(saved["scheduler"])
+        if self.accelerator.scaler is not None and info["scaler"]:
+            self.accelerator.scaler.load_state_dict(info["scaler"])
+        self.progress = _Progress(info["step"], info["best_step"], info["best_metrics"])
+        self.batches = self._step_batches(self.progress.step)
+        if self.accelerator.is_main_process:
+            _drop_log_after(self.folder / "log.jsonl", self.progress.step)
+        self.accelerator.print(f"continuing from step {self.progress.step} ({state})")
+
+    def _micro_step(self, step: int, micro_batch: int, batch: dict) -> dict[str, Tensor]:
+        accelerator, logged = self.accelerator, {}
+        torch.manual_seed(derived_seed(self.config.seed, "noise", accelerator.process_index, step, micro_batch))
+        batch = _to_device(batch, accelerator.device)
+        with accelerator.accumulate(*(update.module for update in self.updates)):
+            for update in self.updates:
+                update.module.train()
+                with accelerator.autocast():
+                    losses = update.module(batch, step)
+                accelerator.backward(sum(losses.values()))
+                logged |= {f"{update.name}/{k}" if len(self.updates) > 1 else k: v.detach() for k, v in losses.items()}
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(
+                        update.module.parameters(), self.config.max_grad_norm or math.inf
+                    )
+                    self._check_finite(step, norm, losses)
+                    logged["grad_norm"] = norm.detach()
+                update.optimizer.step()
+                update.optimizer.zero_grad()
+        return logged
+
+    def _check_finite(self, step: int, norm: Tensor, losses: dict[str, Tensor]) -> None:
+        # Gradients are averaged over processes before this point: what is not finite on one is so on all
+        if self.accelerator.scaler is not None or torch.isfinite(norm):
+            return
+        broken = [name for name, value in losses.items() if not torch.isfinite(value)]
+        keys = [self.batches.keys(step, micro) for micro in range(self.config.gradient_accumulation_steps)]
+        rank = self.accelerator.process_index
+        path = self.folder / f"nonfinite-step{step}-process{rank}.json"
+        write_json_atomic(path, {"step": step, "losses": broken, "indices": [i for part in keys for i, _ in part]})
+        raise NonFiniteLossError(
+            f"step {step}: {'loss ' + ', '.join(broken) if broken else 'the gradient'} is not finite; nothing was "
+            f"updated, the last state is kept and the batch's indices are in {path}. "
+            "Lower training.learning_rate, or look at these images"
+        )
+
+    def scheduler_step(self) -> None:
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+    def learning_rate(self) -> float:
+        return self.schedulers[0].get_last_lr()[0]
+
+    def _evaluate(self, bar: tqdm) -> None:
+        accelerator, progress = self.accelerator, self.progress
+        with self.emas[0].applied():
+            metrics = evaluate(accelerator, self.module, self.validation_data, self.config.batch_size)
+            self._log(progress.step, {f"validation/{k}": v for k, v in metrics.items()})
+            # Under FSDP a picture would need all processes to sample together
+            if (
+                self.on_evaluate
+                and accelerator.is_main_process
+                and accelerator.distributed_type != DistributedType.FSDP
+            ):
+                self.on_evaluate(progress.step, self.objective.model)
+            name = self.objective.best_metric
+            best = progress.best_metrics.get(name, math.inf)
+            if metrics[name] < best:
+                progress.best_step, progress.best_metrics = progress.step, metrics
+                weights = _get_weights(self.module)
+                if accelerator.is_main_process:
+                    save_state(self.folder / "best", progress.step, {"weights": weights}, {"metrics": metrics}, keep=1)
+        accelerator.wait_for_everyone()
+        self._say(bar, f"step {progress.step}: validation {_brief(metrics)}")
+        if progress.step - progress.best_step >= 3 * self.config.eval_every:
+            self._say(
+                bar,
+                f"step {progress.step}: validation {name} {metrics[name]:.4f} has not improved on {best:.4f} of step "
+                f"{progress.best_step}: the model overfits; the best weights are kept",
+            )
+
+    def _save(self) -> None:
+        tensors, infos = {}, {}
+        for update, ema, scheduler in zip(self.updates, self.emas, self.schedulers):
+            tensors[f"{update.name}.weights"] = _get_weights(update.module)
+            tensors[f"{update.name}.optimizer"], groups = _get_optimizer(update)
+            if self.config.ema_decay:
+                with ema.applied():
+                    tensors[f"{update.name}.ema"] = _get_weights(update.module)
+            infos[update.name] = {"param_groups": groups, "scheduler": scheduler.state_dict()}
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            info = {
+                **{k: v for k, v in asdict(self.progress).items() if k != "step"},
+                "updates": infos,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "num_processes": self.accelerator.num_processes,
+                "config": self.resolved,
+                "torch": torch.__version__,
+            }
+            save_state(self.folder / "state", self.progress.step, tensors, info)
+        self.accelerator.wait_for_everyone()
+
+    def _best_weights(self) -> dict[str, Tensor]:
+        # Read back from disk by every process, so that all go on with equal ones
+        tensors, _ = load_state(newest_state(self.folder / "best"))
+        return {name.removeprefix("model."): t for name, t in tensors["weights"].items() if name.startswith("model.")}
+
+    # Smaller parts
+    # --------------------------------------------------------------------------------------------
+
+    def _check_same_run(self, info: dict, state: Path) -> None:
+        changed = {
+            name: values
+            for name, values in differences(info["config"], self.resolved).items()
+            if name not in FREE_TO_CHANGE
+        }
+        if changed:
+            listed = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
+            raise ValueError(
+                f"{state} was trained with another configuration ({listed}). "
+                "Give the old values to continue it, or another --output to start anew"
+            )
+        processes = self.accelerator.num_processes
+        if info["num_processes"] != processes and not self.config.allow_process_count_change:
+            raise ValueError(
+                f"{state} was trained on {info['num_processes']} processes and would continue on {processes}, with "
+                "other noise. Set training.allow_process_count_change true to accept that"
+            )
+
+    def _step_batches(self, start_step: int) -> StepBatches:
+        return StepBatches(
+            len(self.train_data),
+            self.config.batch_size,
+            num_micro_batches=self.config.gradient_accumulation_steps,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            seed=self.config.seed,
+            start_step=start_step,
+            total_steps=self.config.total_steps,
+        )
+
+    def _loader(self) -> Iterator[dict]:
+        return iter(
+            DataLoader(
+                self.train_data,
+                batch_sampler=self.batches,
+                collate_fn=self.train_data.collate,
+                num_workers=self.config.num_workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        )
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.config.total_steps * self.config.batch_size,
+            initial=self.progress.step * self.config.batch_size,
+            unit="img",
+            unit_scale=True,
+            desc="training",
+            disable=None if self.accelerator.is_main_process else True,
+            dynamic_ncols=True,
+        )
+
+    def _start_trackers(self) -> None:
+        if self.config.tracker != "none":
+            flat = {name: new if isinstance(new, (int, float, bool)) else str(new)
+                    for name, (_, new) in differences({}, self.resolved).items()}  # fmt: skip
+            self.accelerator.init_trackers("tessera", config=flat)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        if not values:
+            return
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def _say(self, bar: tqdm, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+class _LossWindow:
+    """Mean of each logged value since the last log line, without waiting for the device in between."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.num_micro_batches = 0
+        self.started = time.monotonic()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.num_micro_batches += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.float()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def mean(self) -> dict[str, float]:
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        return {name: self.accelerator.reduce(value, "mean").item() for name, value in means.items()}
+
+    def rate(self, images_per_micro_batch: int) -> dict[str, float]:
+        rate = self.num_micro_batches * images_per_micro_batch / (time.monotonic() - self.started)
+        self._restart()
+        return {"images_per_second": rate}
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, module: nn.Module, dataset: Dataset, batch_size: int) -> dict[str, float]:
+    """Mean over `dataset` of an objective's values per image, and its summary; the same numbers on all processes.
+
+    Each process takes every num_processes-th image.
+    """
+    objective: Objective = accelerator.unwrap_model(module)
+    was_training = module.training
+    module.eval()
+    indices = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    size = max(1, batch_size // accelerator.num_processes)
+    passes = math.ceil(math.ceil(len(dataset) / accelerator.num_processes) / size)
+    parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+    sums: dict[str, Tensor] = {}
+
+    def add(part: range, weight: int) -> None:
+        batch = dataset.collate(dataset.__getitems__(list(part)))
+        for name, value in module(_to_device(batch, accelerator.device)).items():
+            sums[name] = sums.get(name, 0) + weight * value.double().sum()
+
+    for _ in range(passes - len(parts)):  # sharded models need equally many passes on every process
+        add(range(1), weight=0)
+    objective.start_evaluation()
+    for part in parts:
+        add(part, weight=1)
+    means = {name: (accelerator.reduce(total, "sum") / len(dataset)).item() for name, total in sums.items()}
+    means |= objective.summary()
+    module.train(was_training)
+    return means
+
+
+def _to_device(batch, device: torch.device):
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    return tuple(_to_device(value, device) for value in batch)
+
+
+# The functions below gather and scatter whole states whether the model is alone, under DDP or sharded by FSDP
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _get_weights(module: nn.Module) -> dict[str, Tensor]:
+    return dict(get_model_state_dict(module, options=_WHOLE))
+
+
+def _set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    set_model_state_dict(module, weights, options=_WHOLE)
+
+
+def _get_optimizer(update: Update) -> tuple[dict[str, Tensor], list[dict]]:
+    whole = get_optimizer_state_dict(update.module, update.optimizer.optimizer, options=_WHOLE)
+    tensors = {f"{name}/{key}": value for name, state in whole["state"].items() for key, value in state.items()}
+    return tensors, whole["param_groups"]
+
+
+def _set_optimizer(update: Update, tensors: dict[str, Tensor], param_groups: list[dict]) -> None:
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, key = name.rsplit("/", 1)
+        state.setdefault(parameter, {})[key] = value
+    groups = [{**group, "betas": tuple(group["betas"])} for group in param_groups]
+    set_optimizer_state_dict(
+        update.module, update.optimizer.optimizer, {"state": state, "param_groups": groups}, options=_WHOLE
+    )
+
+
+def _drop_log_after(path: Path, step: int) -> None:
+    """Removes lines that a continued run will write again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+
+
+def _brief(values: dict[str, float]) -> str:
+    skipped = ("learning_rate", "images_per_second", "grad_norm")
+    return ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k not in skipped)

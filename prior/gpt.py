@@ -1,0 +1,291 @@
+"""A Llama-style transformer over all levels of codes as one sequence, with a key/value cache."""
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from prior.base import Codes, CodeSpec, check_fraction, check_positive
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig(AutoregressiveConfig):
+    """Configuration of `GPT`.
+
+    Args:
+        num_layers: transformer blocks.
+        num_heads: attention heads.
+        hidden_dim: width of the residual stream.
+        ffn_dim: width of the feed-forward layers; by default 8/3 of hidden_dim, rounded up to a multiple of 64.
+        dropout: probability of dropping embedded tokens' and residual branches' values, in training.
+        positions: "rotary" by place in the sequence (as Llama), "rotary_2d" by row and column, or "learned" vectors.
+        rope_theta: base of the rotary wavelengths.
+    Raises:
+        ValueError: a size or probability out of range, an unknown kind of positions, or heads that do not fit.
+    """
+
+    num_layers: int = 12
+    num_heads: int = 12
+    hidden_dim: int = 768
+    ffn_dim: int | None = None
+    dropout: float = 0.1
+    positions: Literal["rotary", "rotary_2d", "learned"] = "rotary"
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ffn_dim is None:
+            object.__setattr__(self, "ffn_dim", 64 * math.ceil(self.hidden_dim * 8 / 3 / 64))
+        check_positive(self, "num_layers", "num_heads", "hidden_dim", "ffn_dim", "rope_theta")
+        check_fraction(self, "dropout")
+        divisors = {"rotary": 2, "rotary_2d": 4, "learned": 1}  # of a head: rotations take pairs of channels
+        if self.positions not in divisors:
+            raise ValueError(f"unknown positions {self.positions!r}; choose from {', '.join(divisors)}")
+        multiple = self.num_heads * divisors[self.positions]
+        if self.hidden_dim % multiple != 0:
+            raise ValueError(
+                f"hidden_dim must be a multiple of {multiple} for num_heads = {self.num_heads} and "
+                f"positions = {self.positions!r}, got {self.hidden_dim}"
+            )
+        if self.positions == "rotary_2d" and any(len(shape) > 2 for shape in self.spec.shapes):
+            raise ValueError(f"rotary_2d needs maps (h, w) or vectors (N,), got shapes {self.spec.shapes}")
+
+
+class GPT(AutoregressivePrior):
+    """Llama-style transformer (Touvron et al. 2023, arXiv:2302.13971) over codes, as in LlamaGen (arXiv:2406.06525).
+
+    The sequence is one prefix token, the class or the null class, and then all levels, coarse to fine, each in raster
+    order. Every level has its own part of the vocabulary; a code's logits are computed for its level's part only, so an
+    impossible token has no probability. Parameters are named as in `transformers`: with positions = "rotary", the
+    state dict is that of `LlamaForCausalLM` (see `llama_config`).
+
+    Args:
+        config: sizes and code space.
+    """
+
+    Config = GPTConfig
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        # tokens: the codes of each level, side by side, then the classes and the null class
+        self.offsets = [sum(self.spec.vocab_sizes[:level]) for level in range(self.spec.num_levels)]
+        self.class_offset = sum(self.spec.vocab_sizes)
+        vocab_size = self.class_offset + config.num_classes + 1
+        self.model = Transformer(config, vocab_size)
+        self.lm_head = nn.Linear(config.hidden_dim, vocab_size, bias=False)
+        self._initialize()
+
+    def logits(self, codes: Codes, classes: Tensor) -> tuple[Tensor, ...]:
+        tokens = [code.flatten(1) + offset for code, offset in zip(codes, self.offsets)]
+        # the prefix predicts the first code; nothing is left for the last one to predict
+        sequence = torch.cat([self.class_offset + classes[:, None], *tokens], dim=1)[:, :-1]
+        hidden = self.model(sequence, rotary_table(self.config, classes.device)).split(self.spec.lengths, dim=1)
+        return tuple(self._head(h, level) for level, h in enumerate(hidden))
+
+    def steps(self, classes: Tensor) -> Generator[Tensor, Tensor, None]:
+        caches = [Cache(self.spec.length) for _ in self.model.layers]
+        rotation = rotary_table(self.config, classes.device)
+        tokens = self.class_offset + classes
+        for level, length in enumerate(self.spec.lengths):
+            for _ in range(length):
+                hidden = self.model(tokens[:, None], rotation, caches)
+                codes = yield self._head(hidden[:, 0], level)
+                tokens = self.offsets[level] + codes
+
+    def llama_config(self) -> dict:
+        """Arguments of `transformers.LlamaConfig` for a `LlamaForCausalLM` that loads this model's state dict.
+
+        Token k of level l is sum(vocab_sizes[:l]) + k; after all levels come the classes and the null class, one of
+        which begins each sequence.
+
+        Raises:
+            ValueError: positions other than "rotary", which Llama does not have.
+        """
+        config = self.config
+        if config.positions != "rotary":
+            raise ValueError(f"Llama has rotary positions only, this prior has positions = {config.positions!r}")
+        return {
+            "vocab_size": self.lm_head.out_features,
+            "hidden_size": config.hidden_dim,
+            "intermediate_size": config.ffn_dim,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_heads,
+            "max_position_embeddings": self.spec.length + 1,
+            "rms_norm_eps": NORM_EPS,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
+
+    def _head(self, hidden: Tensor, level: int) -> Tensor:
+        start, size = self.offsets[level], self.spec.vocab_sizes[level]
+        return F.linear(hidden, self.lm_head.weight[start : start + size])
+
+    def _initialize(self) -> None:
+        """GPT-2's: standard deviation 0.02, smaller where 2 num_layers branches add up in the residual stream."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                is_branch_end = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = 1 / math.sqrt(2 * self.config.num_layers) if is_branch_end else 1.0
+                nn.init.normal_(parameter, std=0.02 * scale)
+
+
+class Transformer(nn.Module):
+    """Tokens (B, T) to hidden states (B, T, D); with caches, the tokens follow those that the caches have seen."""
+
+    def __init__(self, config: GPTConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(vocab_size, config.hidden_dim)
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.spec.length, config.hidden_dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_dim, eps=NORM_EPS)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor, rotation: Tensor | None, caches: list["Cache"] | None = None) -> Tensor:
+        start = caches[0].length if caches else 0
+        stop = start + tokens.shape[1]
+        x = self.embed_tokens(tokens)
+        if self.config.positions == "learned":
+            x = x + self.embed_positions.weight[start:stop]
+        else:
+            rotation = rotation[:, start:stop]
+        x = self.dropout(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotation, caches[i] if caches else None)
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_dim, eps=NORM_EPS)
+        self.self_attn = Attention(config.hidden_dim, config.num_heads)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_dim, eps=NORM_EPS)
+        self.mlp = SwiGLU(config.hidden_dim, config.ffn_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: "Cache | None") -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention over a whole sequence, or of the newest token to all those in the cache."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, rotation: Tensor | None, cache: "Cache | None") -> Tensor:
+        projections = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        query, key, value = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in projections)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, ffn_dim, bias=False)
+        self.up_proj = nn.Linear(dim, ffn_dim, bias=False)
+        self.down_proj = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Cache:
+    """Keys and values (B, heads, T, head_dim) of one layer, allocated once for the whole sequence."""
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one token's key and value; returns those of all tokens so far."""
+        if self.length == 0:
+            # here, because the dtype is not known before: autocast may have changed it
+            batch, num_heads, _, head_dim = key.shape
+            self.keys = key.new_empty(batch, num_heads, self.max_length, head_dim)
+            self.values = value.new_empty(batch, num_heads, self.max_length, head_dim)
+        self.keys[:, :, self.length] = key[:, :, 0]
+        self.values[:, :, self.length] = value[:, :, 0]
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotates the channel pairs (i, i + head_dim / 2) of x (B, heads, T, head_dim), Llama's layout.
+
+    In float32, the dtype of the table; half precision could not tell large angles apart.
+    """
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+
+def rotary_table(config: GPTConfig, device: torch.device) -> Tensor | None:
+    """Cosine and sine (2, N, head_dim / 2) of every place's angles (Su et al. 2021, arXiv:2104.09864), in float32.
+
+    None for learned positions. Not a buffer, which would lose its precision in `model.bfloat16()`.
+    """
+    if config.positions == "learned":
+        return None
+    num_pairs = config.hidden_dim // config.num_heads // 2
+    if config.positions == "rotary":
+        angles = rotary_angles(torch.arange(config.spec.length, device=device), num_pairs, config.rope_theta)
+    else:
+        rows, columns = coordinates(config.spec, device)
+        halves = [rotary_angles(axis, num_pairs // 2, config.rope_theta) for axis in (rows, columns)]
+        angles = torch.cat(halves, dim=-1)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotary_angles(positions: Tensor, num_pairs: int, theta: float) -> Tensor:
+    """(N, num_pairs) radians: wavelengths from 2 pi to 2 pi theta, in a geometric series."""
+    exponents = torch.arange(num_pairs, device=positions.device, dtype=torch.float32) / num_pairs
+    return positions[:, None].float() / theta**exponents
+
+
+def coordinates(spec: CodeSpec, device: torch.device) -> Tensor:
+    """Row and column (2, N) that each place of the sequence *predicts*, in units of the finest map.
+
+    Place i reads code i - 1 and predicts code i. What it reads is known from the token, but where the answer goes is
+    not, at the end of a row or of a level: hence the coordinates of code i. The levels share a scale, so that a coarse
+    code lies at the middle of the fine ones it stands for. Levels of one shape have equal coordinates; their
+    vocabularies tell them apart.
+    """
+    sizes = [(1, *shape)[-2:] for shape in spec.shapes]
+    finest = [max(size[axis] for size in sizes) for axis in (0, 1)]
+    levels = []
+    for size in sizes:
+        axes = [(torch.arange(n, device=device) + 0.5) * full / n - 0.5 for n, full in zip(size, finest)]
+        levels.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
+    return torch.cat(levels, dim=1)

@@ -1,0 +1,45 @@
+"""Every combination of codes equally probable: what a VQ-VAE assumes in stage one, and what every prior must beat."""
+
+import torch
+from torch import Tensor
+
+from prior.base import Codes, Prior, PriorConfig
+
+
+class Uniform(Prior):
+    """The uniform distribution: log p(codes) = -sum of log K over all codes, whatever the label.
+
+    It has nothing to learn; its loss is a constant without a gradient. All codes tie, so options that must choose
+    between ties (top_k, top_p, temperature 0) are refused, while temperature and guidance leave the distribution as it
+    is.
+
+    Args:
+        config: the code space, and the number of classes whose labels are accepted.
+    """
+
+    sampling_options = frozenset({"temperature", "guidance_scale", "given"})
+
+    def __init__(self, config: PriorConfig):
+        super().__init__(config)
+        # Tells `sample` the device: there is no parameter that would.
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
+
+    def log_prob(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
+        self.check_inputs(codes, labels)
+        return torch.full((codes[0].shape[0],), -self.spec.max_nats, device=codes[0].device)
+
+    def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
+        vocab_sizes = torch.cat([torch.full((n,), k) for n, k in zip(self.spec.lengths, self.spec.vocab_sizes)])
+        vocab_sizes = vocab_sizes.to(noise.device)
+        # rounding may lift u K to K
+        drawn = (noise.uniform(self.spec.length) * vocab_sizes).long().minimum(vocab_sizes - 1)
+        codes = self.spec.unflatten(drawn)
+        if given is not None:
+            codes = tuple(torch.where(known, fixed, code) for fixed, known, code in zip(*given, codes))
+        callback(self.spec.length, self.spec.length)
+        return codes
+
+    def _check_options(self, options, given) -> None:
+        super()._check_options(options, given)
+        if options.temperature == 0:
+            raise ValueError("Uniform cannot honour temperature 0: no code is the most probable; give one above 0")

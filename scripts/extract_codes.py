@@ -1,0 +1,65 @@
+"""Writes the codes of another split or data set with a trained tokenizer.
+
+    accelerate launch scripts/extract_codes.py --run runs/mnist-vqvae --split test
+
+Images are prepared as the tokenizer's own training images were; data.* defaults to the data of the run. An interrupted
+dump continues when the command is run again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines.checkpoint import fingerprint, load_tokenizer
+from pipelines.codes import write_codes
+from pipelines.config import parse, peek
+from pipelines.images import DataConfig
+from pipelines.runs import find_run, load_images_for, run_script, saved_data_section
+from pipelines.training import TrainingConfig, make_accelerator
+
+
+@dataclass
+class Options:
+    """What is encoded, and where to.
+
+    Args:
+        run: run folder of the tokenizer; default the newest under runs/.
+        split: which images.
+        output: folder of the codes; default RUN/codes/SPLIT.
+        batch_size: images encoded at a time by each process.
+        overwrite: replace codes of another tokenizer that lie in the folder.
+        cpu: encode on the CPU even where there is an accelerator.
+    """
+
+    run: str | None = None
+    split: Literal["train", "validation", "test"] = "test"
+    output: str | None = None
+    batch_size: int = 256
+    overwrite: bool = False
+    cpu: bool = False
+
+
+def main() -> None:
+    run = find_run(peek("run"), "tokenizer/config.json")
+    config = parse(__doc__, {"data": DataConfig}, Options, defaults=saved_data_section(run))
+    output = Path(config["output"] or run / "codes" / config["split"])
+    accelerator = make_accelerator(TrainingConfig(cpu=config["cpu"], tracker="none"), output)
+
+    tokenizer = load_tokenizer(run / "tokenizer").to(accelerator.device)
+    images = load_images_for(tokenizer, DataConfig(**config["data"]), config["split"])
+    write_codes(
+        output,
+        tokenizer,
+        images,
+        split=config["split"],
+        tokenizer_folder=run / "tokenizer",
+        fingerprint=fingerprint(tokenizer),
+        batch_size=config["batch_size"],
+        accelerator=accelerator,
+        overwrite=config["overwrite"],
+    )
+    accelerator.print(f"codes of {len(images):,} images are in {output}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,93 @@
+"""Stage two: trains a prior over the codes of a tokenizer.
+
+    accelerate launch scripts/train_prior.py
+    accelerate launch scripts/train_prior.py --run runs/mnist-vqvae --prior.type pixelcnn
+
+Takes the newest run's codes when told nothing else, and makes its folder one that Pipeline.from_pretrained loads. The
+same command run again continues where it stopped.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipelines.checkpoint import build_prior, load_tokenizer, save_model
+from pipelines.codes import CodeDataset
+from pipelines.config import Polymorphic, parse
+from pipelines.objectives import PriorLoss
+from pipelines.pictures import save_samples
+from pipelines.runs import find_run, run_script, save_config
+from pipelines.training import TrainingConfig, Update, adamw, describe, fit, make_accelerator
+from pipelines.two_stage import check_codes_belong, save_stage_two
+from prior import PRIORS
+
+
+@dataclass
+class Options:
+    """The run.
+
+    Args:
+        run: run folder of stage one; default the newest under runs/ that has codes.
+        output: folder for the prior; default that of stage one. Another one receives a copy of the tokenizer.
+        class_conditional: condition the prior on the class labels, where the codes have them.
+    """
+
+    run: str | None = None
+    output: str | None = None
+    class_conditional: bool = True
+
+
+def main() -> None:
+    config = parse(__doc__, {"prior": Polymorphic(PRIORS, "gpt"), "training": TrainingConfig}, Options)
+    run = find_run(config["run"], "codes/train/spec.json")
+    folder = Path(config["output"] or run)
+    training = TrainingConfig(**config["training"])
+    accelerator = make_accelerator(training, folder / "stage_two")
+
+    # Codes, and the tokenizer that they came from
+    train_codes, validation_codes = (CodeDataset(run / "codes" / split) for split in ("train", "validation"))
+    tokenizer = load_tokenizer(run / "tokenizer").to(accelerator.device)
+    for codes in (train_codes, validation_codes):
+        check_codes_belong(codes, tokenizer)
+
+    # Model
+    torch.manual_seed(training.seed)
+    implied = {
+        "spec": train_codes.spec,
+        "num_classes": train_codes.num_classes if config["class_conditional"] else 0,
+        "tokenizer_fingerprint": train_codes.fingerprint,
+    }
+    prior = build_prior({**config["prior"], **implied})
+    objective = PriorLoss(prior)
+    accelerator.print(describe(accelerator, prior, train_codes, validation_codes))
+
+    # Training
+    if accelerator.is_main_process:
+        save_config(folder / "stage_two" / "config.yaml", config)
+    pictures = folder / "stage_two" / "samples"
+    result = fit(
+        accelerator,
+        [Update("prior", objective, adamw(objective, training))],
+        train_codes,
+        validation_codes,
+        folder=folder / "stage_two",
+        config=training,
+        resolved={**config, "run": None, "output": None, "codes": train_codes.fingerprint},
+        on_evaluate=lambda step, model: save_samples(model, tokenizer, pictures / f"{step:07d}.png"),
+    )
+
+    # Model folder
+    if accelerator.is_main_process:
+        prior = build_prior({**config["prior"], **implied})
+        prior.load_state_dict(result.weights)
+        if folder.resolve() != run.resolve():
+            save_model(tokenizer, folder / "tokenizer")
+        save_model(prior, folder / "prior")
+        save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics)
+        save_samples(prior, tokenizer, folder / "samples.png")
+    accelerator.print(f"the pipeline is in {folder}; next: python scripts/evaluate.py --run {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

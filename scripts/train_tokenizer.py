@@ -1,0 +1,95 @@
+"""Stage one: trains a tokenizer on images and writes their codes to disk.
+
+    accelerate launch scripts/train_tokenizer.py
+    accelerate launch scripts/train_tokenizer.py --config scripts/configs/mnist_vqvae.yaml --training.total_steps 5000
+
+The same command run again continues where it stopped. The run folder receives tokenizer/, codes/train/,
+codes/validation/ and stage_one/ (log, pictures, states).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipelines.checkpoint import build_tokenizer, fingerprint, save_model
+from pipelines.codes import write_codes
+from pipelines.config import Polymorphic, parse
+from pipelines.images import DataConfig, load_images
+from pipelines.objectives import TokenizerLoss
+from pipelines.pictures import save_reconstructions
+from pipelines.runs import RUNS, run_script, save_config
+from pipelines.training import TrainingConfig, Update, adamw, describe, fit, make_accelerator
+from pipelines.two_stage import save_stage_one
+from tokenizer import TOKENIZERS
+
+
+@dataclass
+class Options:
+    """The run.
+
+    Args:
+        output: run folder; default runs/DATA-TOKENIZER.
+    """
+
+    output: str | None = None
+
+
+def main() -> None:
+    sections = {"data": DataConfig, "tokenizer": Polymorphic(TOKENIZERS, "vqvae"), "training": TrainingConfig}
+    config = parse(__doc__, sections, Options)
+    folder = Path(config["output"] or RUNS / f"{config['data']['name'].lower()}-{config['tokenizer']['type']}")
+    training = TrainingConfig(**config["training"])
+    accelerator = make_accelerator(training, folder / "stage_one")
+
+    # Data: one process downloads, and validation images take the size and channels found in the training images
+    with accelerator.main_process_first():
+        train_images = load_images(DataConfig(**config["data"]), "train")
+        validation_images = load_images(train_images.config, "validation")
+
+    # Model
+    torch.manual_seed(training.seed)
+    implied = {"image_shape": train_images.image_shape, "preprocessing": train_images.preprocessing}
+    tokenizer = build_tokenizer({**config["tokenizer"], **implied})
+    objective = TokenizerLoss(tokenizer)
+    accelerator.print(describe(accelerator, tokenizer, train_images, validation_images))
+
+    # Training
+    if accelerator.is_main_process:
+        save_config(folder / "stage_one" / "config.yaml", config)
+    pictures = folder / "stage_one" / "samples"
+    result = fit(
+        accelerator,
+        [Update("tokenizer", objective, adamw(objective, training))],
+        train_images,
+        validation_images,
+        folder=folder / "stage_one",
+        config=training,
+        resolved=config,
+        on_evaluate=lambda step, model: save_reconstructions(model, validation_images, pictures / f"{step:07d}.png"),
+    )
+
+    # Model folder and codes
+    tokenizer = build_tokenizer({**config["tokenizer"], **implied})
+    tokenizer.load_state_dict(result.weights)
+    tokenizer.to(accelerator.device).eval()
+    if accelerator.is_main_process:
+        save_model(tokenizer, folder / "tokenizer")
+        save_stage_one(folder, tokenizer, train_images.class_names, result.metrics)
+        save_reconstructions(tokenizer, validation_images, folder / "reconstructions.png")
+    for split, images in {"train": train_images, "validation": validation_images}.items():
+        write_codes(
+            folder / "codes" / split,
+            tokenizer,
+            images,
+            split=split,
+            tokenizer_folder=folder / "tokenizer",
+            fingerprint=fingerprint(tokenizer),
+            accelerator=accelerator,
+            overwrite=True,  # codes of the tokenizer that this one replaces
+        )
+    accelerator.print(f"tokenizer, codes and pictures are in {folder}; next: accelerate launch scripts/train_prior.py")
+
+
+if __name__ == "__main__":
+    run_script(main)

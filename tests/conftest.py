@@ -1,0 +1,16 @@
+import os
+
+# Set before torch is imported: results in float32 depend on the number of threads, and a fork after OpenMP has
+# started its pool can hang.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,94 @@
+"""Codebooks on two real processes: the same bits on both, and what one process with the whole batch gets."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from tokenizer.quantizers import EMAVQ, VQ
+
+NUM_STEPS = 12
+
+
+def make() -> EMAVQ:
+    torch.manual_seed(0)
+    # Entries die within two or three steps, so revival happens too.
+    return EMAVQ(codebook_size=16, code_dim=4, decay=0.4, revive_below=0.1)
+
+
+def global_batch(step: int) -> Tensor:
+    # Wandering data: entries get lost and are revived.
+    return torch.randn(10, 4, 3, 2, generator=torch.Generator().manual_seed(step)) + 2 * step
+
+
+def part_of(rank: int, step: int) -> Tensor:
+    """Rank 0 has the larger part of the batch; the last step gives rank 1 nothing."""
+    batch = global_batch(step)
+    border = len(batch) if step == NUM_STEPS - 1 else 6
+    return batch[:border] if rank == 0 else batch[border:]
+
+
+def train(quantizer, batches: list[Tensor]) -> None:
+    with torch.no_grad():
+        quantizer(global_batch(0))  # what Tokenizer.initialize does: the same images everywhere
+    for batch in batches:
+        for start in range(0, len(batch), 3):  # accumulated; the processes make different numbers of passes
+            quantizer(batch[start : start + 3])
+        quantizer.after_step()
+
+
+def train_on_one_of_two(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    quantizer = make()
+    train(quantizer, [part_of(rank, step) for step in range(NUM_STEPS)])
+    torch.save(quantizer.state_dict(), folder / f"averages{rank}.pt")
+    torch.manual_seed(rank)
+    own = VQ(codebook_size=4, code_dim=4)
+    own(part_of(rank, 1))  # initialised from different data
+    torch.save(own.state_dict(), folder / f"started{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> Path:
+    """Folder of the final states of two processes."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    mp.start_processes(train_on_one_of_two, (folder,), nprocs=2, start_method="fork")
+    return folder
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)
+
+
+def test_codebooks_are_bit_equal_on_all_processes(states):
+    first, second = load(states / "averages0.pt"), load(states / "averages1.pt")
+    assert first["num_updates"] == NUM_STEPS
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_are_one_with_the_whole_batch(states):
+    quantizer = make()
+    train(quantizer, [global_batch(step) for step in range(NUM_STEPS)])
+    expected = quantizer.state_dict()
+    for name, value in load(states / "averages0.pt").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_entries_were_revived(states):
+    never = make()
+    never.revive_below = 0.0
+    train(never, [global_batch(step) for step in range(NUM_STEPS)])
+    assert (load(states / "averages0.pt")["codebook"] - never.codebook).abs().max() > 1
+
+
+def test_initialisation_is_that_of_the_first_process_everywhere(states):
+    first, second = load(states / "started0.pt"), load(states / "started1.pt")
+    alone = VQ(codebook_size=4, code_dim=4)
+    alone(part_of(0, 1))
+    assert torch.equal(first["codebook"], second["codebook"])
+    assert torch.equal(first["codebook"], alone.codebook)

@@ -1,0 +1,591 @@
+"""Laws of every registered prior, on code spaces small enough to enumerate: all codes, all probabilities."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from prior import PRIORS, CodeSpec, PriorConfig
+from prior.autoregressive import AutoregressivePrior
+from prior.gpt import GPTConfig, coordinates, rotary_angles, rotate
+from prior.pixelcnn import PixelCNN, PixelCNNConfig
+from prior.sampling import ImageNoise, SamplingOptions, choose
+from prior.torchvision_guard import ensure_torchvision
+from prior.uniform import Uniform
+
+NUM_SAMPLES = 10_000
+AUTOREGRESSIVE = [name for name, kind in PRIORS.items() if issubclass(kind, AutoregressivePrior)]
+LEARNABLE = [name for name in PRIORS if name != "uniform"]
+# Every branch of the autoregressive priors' code.
+VARIANTS = {
+    **{name: (name, {}) for name in AUTOREGRESSIVE},
+    "pixelcnn-kernel_5": ("pixelcnn", {"kernel_size": 5, "num_layers": 1}),
+    "gpt-rotary_2d": ("gpt", {"positions": "rotary_2d"}),
+    "gpt-learned": ("gpt", {"positions": "learned"}),
+}
+# Two maps of different proportions and a vector, with different vocabularies.
+LARGER = CodeSpec(((2, 3), (4, 5), (3,)), (5, 7, 2))
+
+
+def build(name, spec, num_classes=0, **options):
+    """The tiny prior, with parameters far from their initial values: a fresh network hardly looks at its input."""
+    if name not in tiny.PRIORS:
+        pytest.fail(f"prior '{name}' has no smallest configuration: add it to PRIORS in tests/tiny.py")
+    try:
+        config = PRIORS[name].Config(spec=spec, num_classes=num_classes, **{**tiny.PRIORS[name], **options})
+        prior = PRIORS[name](config)
+    except ValueError as error:
+        pytest.skip(f"{name} does not take these codes: {error}")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter += 0.4 * torch.randn(parameter.shape, generator=generator)
+    return prior.eval()
+
+
+def random_codes(spec, n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(k, (n, *shape), generator=g) for shape, k in zip(spec.shapes, spec.vocab_sizes))
+
+
+def sizes_of(spec):
+    return [k for n, k in zip(spec.lengths, spec.vocab_sizes) for _ in range(n)]
+
+
+def all_codes(spec):
+    sequences = torch.tensor(list(itertools.product(*map(range, sizes_of(spec)))))
+    return spec.unflatten(sequences)
+
+
+@torch.no_grad()
+def joint(prior, label=None):
+    """p(codes | label) of all codes as an array with one axis per code."""
+    codes = all_codes(prior.spec)
+    labels = None if label is None else torch.full((len(codes[0]),), label)
+    return prior.log_prob(codes, labels).double().exp().numpy().reshape(sizes_of(prior.spec))
+
+
+@torch.no_grad()
+def null_joint(prior):
+    """p(codes) of all codes under the null class."""
+    codes = all_codes(prior.spec)
+    classes = torch.full((len(codes[0]),), prior.num_classes)
+    log_p = 0.0
+    for logits, code in zip(prior.logits(codes, classes), codes):
+        log_p = log_p + logits.double().log_softmax(-1).gather(-1, code.flatten(1)[..., None]).sum((1, 2))
+    return log_p.exp().numpy().reshape(sizes_of(prior.spec))
+
+
+def frequencies(codes, spec):
+    counts = np.zeros(sizes_of(spec))
+    np.add.at(counts, tuple(spec.flatten(codes).T.numpy()), 1)
+    return counts / len(codes[0])
+
+
+def assert_frequencies_match(codes, spec, expected):
+    measured = frequencies(codes, spec)
+    # five standard deviations of a binomial count, and one count for the rarest codes
+    tolerance = 5 * np.sqrt(expected * (1 - expected) / NUM_SAMPLES) + 1 / NUM_SAMPLES
+    assert (np.abs(measured - expected) <= tolerance).all(), np.abs((measured - expected) / tolerance).max()
+    assert (measured[expected == 0] == 0).all()
+
+
+def changed(p, options):
+    """Temperature, top-k and top-p of one distribution, from their definitions."""
+    if options.temperature == 0:
+        return np.eye(len(p))[p.argmax()]
+    p = p ** (1 / options.temperature)
+    order = np.argsort(-p)[: options.top_k]
+    kept = []
+    for i in order:
+        if options.top_p is not None and p[kept].sum() / p[order].sum() >= options.top_p:
+            break
+        kept.append(i)
+    p = p * np.isin(np.arange(len(p)), kept)
+    return p / p.sum()
+
+
+def sampled_joint(spec, options, conditional, unconditional=None, known=None):
+    """The distribution that sampling must have: the conditionals of the joint, each changed, multiplied again."""
+    sizes = sizes_of(spec)
+    result = np.ones(sizes)
+    for i in range(len(sizes)):
+        for prefix in np.ndindex(*sizes[:i]):
+            p = marginal = conditional[prefix].reshape(sizes[i], -1).sum(1)
+            p = marginal / marginal.sum()
+            if options.guided:
+                q = unconditional[prefix].reshape(sizes[i], -1).sum(1)
+                p = p**options.guidance_scale * (q / q.sum()) ** (1 - options.guidance_scale)
+                p = p / p.sum()
+            p = changed(p, options)
+            if known is not None and known[i] is not None:
+                p = np.eye(sizes[i])[known[i]]
+            result[prefix] *= p.reshape(-1, *[1] * (len(sizes) - i - 1))
+    return result
+
+
+# --- probability ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_every_registered_prior_has_a_tiny_configuration(name):
+    assert name in tiny.PRIORS, f"prior '{name}' has no smallest configuration: add it to PRIORS in tests/tiny.py"
+
+
+@pytest.mark.parametrize("num_classes", [0, 2])
+@pytest.mark.parametrize("spec", tiny.SPECS)
+@pytest.mark.parametrize("name", PRIORS)
+def test_probabilities_sum_to_one(name, spec, num_classes):
+    prior = build(name, tiny.SPECS[spec], num_classes)
+    for label in range(num_classes) if num_classes else [None]:
+        assert joint(prior, label).sum() == pytest.approx(1, abs=1e-5)  # float32 log-probabilities
+
+
+@pytest.mark.parametrize("spec", tiny.SPECS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in PRIORS])
+def test_probabilities_of_variants_sum_to_one(variant, spec):
+    name, options = VARIANTS[variant]
+    assert joint(build(name, tiny.SPECS[spec], **options)).sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_classes", [0, 2])
+@pytest.mark.parametrize("spec", tiny.SPECS)
+@pytest.mark.parametrize("name", PRIORS)
+def test_sample_frequencies_match_the_probabilities(name, spec, num_classes):
+    prior = build(name, tiny.SPECS[spec], num_classes)
+    label = 1 if num_classes else None
+    labels = torch.full((NUM_SAMPLES,), 1) if num_classes else None
+    codes = prior.sample(NUM_SAMPLES, labels, generator=torch.Generator().manual_seed(0))
+    prior.spec.check(codes)
+    assert_frequencies_match(codes, prior.spec, joint(prior, label))
+
+
+@pytest.mark.parametrize("name", LEARNABLE)
+def test_a_label_changes_the_distribution(name):
+    prior = build(name, tiny.SPECS["bits"], num_classes=2)
+    assert np.abs(joint(prior, 0) - joint(prior, 1)).sum() > 0.05
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_every_code_depends_on_the_coarser_levels(name):
+    prior = build(name, tiny.SPECS["levels"])
+    p = joint(prior)  # axes: the coarse code, then the two fine ones
+    given_coarse = p / p.sum((1, 2), keepdims=True)
+    assert np.ptp(given_coarse, axis=0).max() > 0.05
+
+
+# --- sampling options -----------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "cold": {"temperature": 0.5},
+    "hot": {"temperature": 3.0},
+    "greedy": {"temperature": 0.0},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_p": 0.7},
+    "all": {"temperature": 1.5, "top_k": 2, "top_p": 0.8},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("spec", ["map", "levels"])
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_filtered_frequencies_match_brute_force(name, spec, options):
+    prior = build(name, tiny.SPECS[spec])
+    expected = sampled_joint(prior.spec, SamplingOptions(**OPTIONS[options]), joint(prior))
+    codes = prior.sample(NUM_SAMPLES, generator=torch.Generator().manual_seed(0), **OPTIONS[options])
+    assert_frequencies_match(codes, prior.spec, expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"guidance_scale": 2.5}, {"guidance_scale": 0.0}, {"guidance_scale": 3, "top_k": 2}]
+)
+@pytest.mark.parametrize("spec", ["map", "levels"])
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_guided_frequencies_match_brute_force(name, spec, options):
+    prior = build(name, tiny.SPECS[spec], num_classes=2)
+    expected = sampled_joint(prior.spec, SamplingOptions(**options), joint(prior, 1), null_joint(prior))
+    labels = torch.ones(NUM_SAMPLES, dtype=torch.int64)
+    codes = prior.sample(NUM_SAMPLES, labels, generator=torch.Generator().manual_seed(0), **options)
+    assert_frequencies_match(codes, prior.spec, expected)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("spec", tiny.SPECS)
+def test_given_codes_stay_where_they_are_known(name, spec):
+    prior = build(name, tiny.SPECS[spec])
+    if "given" not in prior.sampling_options:
+        pytest.skip(f"{name} does not complete codes")
+    codes = random_codes(prior.spec, 50)
+    known = tuple(torch.rand(code.shape) < 0.5 for code in codes)
+    sampled = prior.sample(50, given=(codes, known), generator=torch.Generator().manual_seed(0))
+    assert all(s[k].equal(c[k]) for s, c, k in zip(sampled, codes, known))
+    assert any((s != c).any() for s, c in zip(sampled, codes))
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+@pytest.mark.parametrize("guided", [False, True])
+def test_codes_after_a_given_one_are_drawn_given_it(name, guided):
+    spec = tiny.SPECS["map"]
+    prior = build(name, spec, num_classes=2)
+    options = SamplingOptions(guidance_scale=2.0 if guided else 1.0)
+    expected = sampled_joint(spec, options, joint(prior, 0), null_joint(prior), known=[None, 2, None, 1])
+    codes = torch.tensor([[0, 2], [0, 1]]).expand(NUM_SAMPLES, 2, 2)
+    known = torch.tensor([[False, True], [False, True]]).expand(NUM_SAMPLES, 2, 2)
+    sampled = prior.sample(
+        NUM_SAMPLES,
+        torch.zeros(NUM_SAMPLES, dtype=torch.int64),
+        guidance_scale=options.guidance_scale,
+        given=((codes,), (known,)),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert_frequencies_match(sampled, spec, expected)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_progress_ends_at_the_total(name):
+    prior, calls = build(name, tiny.SPECS["bits"]), []
+    prior.sample(2, callback=lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] == calls[-1][1]
+    if name in AUTOREGRESSIVE:
+        assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+# --- noise ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_same_generator_gives_the_same_sample_and_leaves_the_global_one_alone(name):
+    prior = build(name, tiny.SPECS["bits"])
+    before = torch.get_rng_state()
+    first, second = (prior.sample(20, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    other = prior.sample(20, generator=torch.Generator().manual_seed(4))
+    assert first[0].equal(second[0])
+    assert not first[0].equal(other[0])
+    assert torch.get_rng_state().equal(before)
+
+
+@pytest.mark.parametrize("spec", tiny.SPECS)
+@pytest.mark.parametrize("name", PRIORS)
+def test_an_image_depends_on_its_own_generator_alone(name, spec):
+    prior = build(name, tiny.SPECS[spec], num_classes=3)
+    labels = torch.tensor([0, 1, 2, 1])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    together = prior.sample(4, labels, generator=generators)
+    for i in range(4):
+        alone = prior.sample(1, labels[i : i + 1], generator=[torch.Generator().manual_seed(i)])
+        assert all(a[0].equal(t[i]) for a, t in zip(alone, together))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_sampling_keeps_the_training_mode_and_leaves_no_gradient(name):
+    prior = build(name, tiny.SPECS["bits"]).train()
+    codes = prior.sample(2)
+    assert prior.training
+    assert not codes[0].requires_grad
+
+
+# --- caches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [*tiny.SPECS.values(), LARGER], ids=[*tiny.SPECS, "larger"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_cached_logits_equal_those_of_the_full_pass_at_every_position(variant, spec):
+    name, options = VARIANTS[variant]
+    prior = build(name, spec, num_classes=2, **options)
+    codes, classes = random_codes(spec, 3), torch.tensor([0, 1, 2])
+    full = [logits for level in prior.logits(codes, classes) for logits in level.unbind(1)]
+    steps, sent = prior.steps(classes), None
+    for expected, code in zip(full, spec.flatten(codes).unbind(1), strict=True):
+        torch.testing.assert_close(steps.send(sent), expected, atol=1e-4, rtol=1e-4)  # float32 sums in another order
+        sent = code
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_the_cached_sample_equals_that_of_a_loop_over_full_passes(variant, scale):
+    name, options = VARIANTS[variant]
+    prior = build(name, LARGER, num_classes=2, **options)
+    labels, n = torch.tensor([0, 1, 1, 0]), 4
+    sequence = torch.zeros(n, LARGER.length, dtype=torch.int64)
+    uniform = ImageNoise(n, torch.Generator().manual_seed(5), torch.device("cpu")).uniform(LARGER.length)
+    for i in range(LARGER.length):
+        codes = LARGER.unflatten(sequence)
+        both = [prior.logits(codes, classes) for classes in (labels, torch.full_like(labels, 2))]
+        first, second = ([z for level in logits for z in level.unbind(1)][i] for logits in both)
+        stacked = first if scale == 1 else torch.cat([first, second])
+        sequence[:, i] = choose(stacked, SamplingOptions(top_k=3, guidance_scale=scale), uniform[:, i])
+    generator = torch.Generator().manual_seed(5)
+    sampled = prior.sample(n, labels, top_k=3, guidance_scale=scale, generator=generator)
+    assert LARGER.flatten(sampled).equal(sequence)
+
+
+@pytest.mark.parametrize("spec", [CodeSpec(((4, 5),), (3,)), CodeSpec(((2, 2), (3, 3)), (3, 4))], ids=["map", "levels"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_logits_see_all_codes_before_them_and_none_after(variant, spec):
+    name, options = VARIANTS[variant]
+    # enough layers that the receptive field covers the map: what then is unseen is a blind spot
+    prior = build(name, spec, **{**options, "num_layers": 5})
+    codes = random_codes(spec, 1)
+    classes = torch.zeros(1, dtype=torch.int64)
+    before = prior.logits(codes, classes)
+    for j in range(spec.length):
+        sequence, k = spec.flatten(codes).clone(), sizes_of(spec)[j]
+        sequence[0, j] = (sequence[0, j] + 1) % k
+        after = prior.logits(spec.unflatten(sequence), classes)
+        moved = torch.cat([(a != b).any(-1)[0] for a, b in zip(after, before)])
+        assert moved.tolist() == [i > j for i in range(spec.length)]
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_log_prob_and_samples_work_under_autocast(name):
+    prior = build(name, LARGER, num_classes=2)
+    labels = torch.tensor([0, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = prior.sample(2, labels, guidance_scale=2.0)
+        assert prior.log_prob(codes, labels).dtype == torch.float32
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["map", "bits"])
+@pytest.mark.parametrize("name", LEARNABLE)
+def test_a_few_steps_beat_uniform(name, spec):
+    prior = build(name, tiny.SPECS[spec]).train()
+    spec = prior.spec
+    codes = tuple((code * (torch.rand(code.shape) < 0.3)) for code in random_codes(spec, 256))  # mostly 0
+    optimizer = torch.optim.Adam(prior.parameters(), lr=0.02)
+    for _ in range(30):
+        optimizer.zero_grad()
+        sum(prior(codes).values()).backward()
+        optimizer.step()
+    nats = -prior.eval().log_prob(codes).mean().item()
+    assert nats < 0.9 * spec.max_nats
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *(n for n in LEARNABLE if n not in VARIANTS)])
+def test_every_parameter_receives_a_gradient(variant):
+    name, options = VARIANTS.get(variant, (variant, {}))
+    prior = build(name, CodeSpec(((2, 2), (4, 4)), (3, 4)), num_classes=2, **options).train()
+    sum(prior(random_codes(prior.spec, 16), torch.arange(16) % 2).values()).backward()
+    missing = [n for n, p in prior.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", LEARNABLE)
+def test_training_mode_does_not_drop_the_condition_from_log_prob(name):
+    prior = build(name, tiny.SPECS["bits"], num_classes=2)
+    if name in AUTOREGRESSIVE:
+        prior = build(name, tiny.SPECS["bits"], num_classes=2, class_dropout=0.9, dropout=0.0)
+    codes, labels = random_codes(prior.spec, 32), torch.arange(32) % 2
+    assert prior.train().log_prob(codes, labels).equal(prior.eval().log_prob(codes, labels))
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_training_drops_labels_as_often_as_asked(name):
+    prior = build(name, tiny.SPECS["bits"], num_classes=2, class_dropout=0.25)
+    codes = tuple(code[:1].expand(8000, -1) for code in random_codes(prior.spec, 1))
+    labels = torch.zeros(8000, dtype=torch.int64)
+    with torch.no_grad():
+        with_label, mixed = prior(codes, labels)["nll"], prior.train()(codes, labels)["nll"]
+        first = tuple(code[:1] for code in codes)
+        log_p = prior._log_prob(first, torch.tensor([prior.num_classes]))
+    without = -log_p[0] / prior.spec.length
+    # a binomial fraction: five standard deviations of sqrt(0.25 * 0.75 / 8000)
+    assert ((mixed - with_label) / (without - with_label)).item() == pytest.approx(0.25, abs=0.025)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_the_loss_is_nats_per_code(name):
+    prior = build(name, tiny.SPECS["levels"], num_classes=2)
+    if type(prior).forward is not AutoregressivePrior.forward and name != "uniform":
+        pytest.skip(f"{name} is not trained by likelihood")
+    codes, labels = random_codes(prior.spec, 8), torch.arange(8) % 2
+    expected = -prior.log_prob(codes, labels).mean() / 3
+    torch.testing.assert_close(prior(codes, labels), {"nll": expected})
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_dropout_acts_in_training_only(name):
+    prior = build(name, tiny.SPECS["bits"], dropout=0.5)
+    codes = random_codes(prior.spec, 8)
+    assert prior.log_prob(codes).equal(prior.log_prob(codes))
+    prior.train()
+    assert not prior.log_prob(codes).equal(prior.log_prob(codes))
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_wrong_labels_and_codes_are_refused(name):
+    plain, conditional = build(name, tiny.SPECS["bits"]), build(name, tiny.SPECS["bits"], num_classes=2)
+    codes = random_codes(plain.spec, 2)
+    for call in (lambda p, labels: p.sample(2, labels), lambda p, labels: p.log_prob(codes, labels)):
+        with pytest.raises(ValueError, match="conditional on 2 classes: give labels"):
+            call(conditional, None)
+        with pytest.raises(ValueError, match="unconditional"):
+            call(plain, torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match=r"lie in \[0, 2\), got values from 0 to 2"):
+            call(conditional, torch.tensor([0, 2]))
+        with pytest.raises(ValueError, match=r"int64 of shape \(2,\), got torch.int64 of shape \(3,\)"):
+            call(conditional, torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match=r"level 0 .* lie in \[0, 2\), got values from 2 to 2"):
+        plain.log_prob((torch.full((1, 4), 2),))
+    with pytest.raises(ValueError, match=r"int64 of shape \(batch, 4\), got torch.int64 of shape \(1, 5\)"):
+        plain(random_codes(CodeSpec(((5,),), (2,)), 1))
+    with pytest.raises(ValueError, match="got codes of 2 levels, this code space has 1"):
+        plain.log_prob(codes * 2)
+
+
+def test_levels_of_different_batch_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"same number of images, got \[2, 3\]"):
+        CodeSpec(((1,), (1,)), (2, 2)).check((torch.zeros(2, 1).long(), torch.zeros(3, 1).long()))
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_guidance_needs_classes(name):
+    with pytest.raises(ValueError, match=r"guidance_scale"):
+        build(name, tiny.SPECS["bits"]).sample(1, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_guidance_needs_class_dropout(name):
+    prior = build(name, tiny.SPECS["bits"], num_classes=2, class_dropout=0.0)
+    with pytest.raises(ValueError, match=r"guidance_scale = 2.0 .* trained without class dropout"):
+        prior.sample(1, torch.tensor([0]), guidance_scale=2.0)
+
+
+def test_given_codes_must_fit():
+    prior = build("gpt", tiny.SPECS["bits"])
+    codes, known = (torch.zeros(2, 4, dtype=torch.int64),), (torch.ones(2, 4, dtype=torch.bool),)
+    with pytest.raises(ValueError, match="given holds 2 images, num_samples is 3"):
+        prior.sample(3, given=(codes, known))
+    with pytest.raises(ValueError, match=r"one boolean mask per level, .*got \[\(2, 3\)\]"):
+        prior.sample(2, given=(codes, (known[0][:, :3],)))
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        prior.sample(0)
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "message"),
+    [
+        (PixelCNNConfig, {"num_classes": -1}, "num_classes must be at least 0 .*got -1"),
+        (PixelCNNConfig, {"kernel_size": 4}, "kernel_size must be odd and at least 3, got 4"),
+        (PixelCNNConfig, {"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        (PixelCNNConfig, {"num_condition_blocks": -1}, "num_condition_blocks must be at least 0, got -1"),
+        (PixelCNNConfig, {"dropout": 1.0}, r"dropout is a probability in \[0, 1\), got 1.0"),
+        (PixelCNNConfig, {"class_dropout": -0.1}, r"class_dropout is a probability in \[0, 1\), got -0.1"),
+        (PixelCNNConfig, {"spec": CodeSpec(((2, 2, 2),), (2,))}, r"map \(h, w\) or a vector \(N,\), got .*2, 2, 2"),
+        (GPTConfig, {"num_heads": 5}, "multiple of 10 for num_heads = 5 and positions = 'rotary', got 768"),
+        (GPTConfig, {"positions": "rope"}, "unknown positions 'rope'; choose from rotary, rotary_2d, learned"),
+        (GPTConfig, {"spec": CodeSpec(((2, 2, 2),), (2,)), "positions": "rotary_2d"}, "rotary_2d needs maps"),
+    ],
+)
+def test_configurations_out_of_range_are_refused(config, option, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{"spec": tiny.SPECS["map"], **option})
+
+
+# --- uniform --------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_pays_the_maximum_and_refuses_to_choose_between_ties():
+    spec = CodeSpec(((2,), (3,)), (4, 2))
+    prior = Uniform(PriorConfig(spec=spec))
+    assert prior.log_prob(random_codes(spec, 2)).tolist() == pytest.approx([-7 * np.log(2)] * 2)
+    for option in ({"top_k": 2}, {"top_p": 0.5}):
+        with pytest.raises(ValueError, match=f"Uniform cannot honour {next(iter(option))}; it supports .*temperature"):
+            prior.sample(1, **option)
+    with pytest.raises(ValueError, match="cannot honour temperature 0"):
+        prior.sample(1, temperature=0.0)
+
+
+def test_uniform_stays_uniform_under_temperature_and_guidance():
+    prior = Uniform(PriorConfig(spec=tiny.SPECS["bits"], num_classes=2))
+    labels = torch.zeros(NUM_SAMPLES, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    codes = prior.sample(NUM_SAMPLES, labels, temperature=0.3, guidance_scale=4.0, generator=generator)
+    assert_frequencies_match(codes, prior.spec, np.full((2, 2, 2, 2), 1 / 16))
+
+
+# --- PixelCNN and GPT -----------------------------------------------------------------------------------------------
+
+
+def test_a_pixelcnn_knows_equal_shapes_apart():
+    # residual quantizers give several levels of one shape
+    prior = build("pixelcnn", CodeSpec(((2, 2),) * 3, (3,) * 3))
+    assert isinstance(prior, PixelCNN)
+    assert [len(condition.code_embeddings) for condition in prior.conditions] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])
+@torch.no_grad()
+def test_gpt_knows_the_order_of_codes(positions):
+    prior = build("gpt", CodeSpec(((2, 3),), (5,)), positions=positions)
+    classes = torch.zeros(1, dtype=torch.int64)
+    one, other = (torch.tensor([[[1, 3, 2], [0, 4, 4]]]), torch.tensor([[[3, 1, 2], [0, 4, 4]]]))
+    difference = prior.logits((one,), classes)[0] - prior.logits((other,), classes)[0]
+    assert difference[0, -1].abs().max() > 1e-3
+
+
+def test_rotated_products_depend_on_the_difference_of_places_alone():
+    query, key = torch.randn(2, 1, 1, 1, 8)
+
+    def product(place, other):
+        tables = [rotary_angles(torch.tensor([p]), 4, 100.0) for p in (place, other)]
+        rotated = [rotate(x, torch.stack([t.cos(), t.sin()])) for x, t in zip((query, key), tables)]
+        return (rotated[0] * rotated[1]).sum()
+
+    torch.testing.assert_close(product(3, 1), product(10, 8))
+    assert (product(3, 1) - product(3, 2)).abs() > 1e-3
+
+
+def test_levels_share_one_scale_of_coordinates():
+    rows, columns = coordinates(CodeSpec(((1, 1), (2, 2), (2, 4)), (2, 2, 2)), torch.device("cpu"))
+    assert rows.tolist() == [0.5, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert columns.tolist() == [1.5, 0.5, 2.5, 0.5, 2.5, 0, 1, 2, 3, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 50.0])
+@torch.no_grad()
+def test_gpt_and_llama_load_each_others_weights_and_agree(theta):
+    ensure_torchvision()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    prior = build("gpt", LARGER, num_classes=3, rope_theta=theta)
+    llama = LlamaForCausalLM(LlamaConfig(**prior.llama_config())).eval()
+    codes, classes = random_codes(LARGER, 2), torch.tensor([1, 3])
+
+    def assert_equal_logits(prior, llama):
+        parts = [c.flatten(1) + offset for c, offset in zip(codes, (0, 5, 12))]
+        tokens = torch.cat([14 + classes[:, None], *parts], dim=1)
+        theirs = llama(input_ids=tokens).logits[:, :-1].split(LARGER.lengths, dim=1)
+        theirs = [z[..., start:stop] for z, start, stop in zip(theirs, (0, 5, 12), (5, 12, 14))]
+        torch.testing.assert_close(list(prior.logits(codes, classes)), theirs, atol=1e-4, rtol=1e-4)
+
+    llama.load_state_dict(prior.state_dict())
+    assert_equal_logits(prior, llama)
+    other = LlamaForCausalLM(llama.config).eval()
+    for parameter in other.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    prior.load_state_dict(other.state_dict())
+    assert_equal_logits(prior, other)
+
+
+def test_llama_has_no_other_positions():
+    with pytest.raises(ValueError, match="rotary positions only, this prior has positions = 'learned'"):
+        build("gpt", LARGER, positions="learned").llama_config()
+
+
+def test_guarding_torchvision_twice_is_harmless():
+    ensure_torchvision()
+    ensure_torchvision()
+    import torchvision
+
+    assert torchvision.ops.box_iou(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[0.0, 0, 1, 1]])).item() == 1

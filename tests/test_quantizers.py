@@ -1,0 +1,399 @@
+"""Laws of every quantizer, and independent checks of the search, the averages, and dead-code revival."""
+
+import copy
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import tiny
+from tokenizer.quantizers import EMAVQ, QUANTIZERS, VQ
+from tokenizer.quantizers import nearest as search
+from tokenizer.quantizers.base import straight_through
+from tokenizer.quantizers.codebook import initial_codebook
+from tokenizer.quantizers.nearest import nearest
+from tokenizer.registry import build
+
+
+@pytest.fixture(params=sorted(QUANTIZERS))
+def quantizer(request):
+    if request.param not in tiny.QUANTIZERS:
+        pytest.fail(f"no tiny configuration of quantizer '{request.param}' in tests/tiny.py")
+    return build("quantizer", QUANTIZERS, {"type": request.param, **tiny.QUANTIZERS[request.param]})
+
+
+def features(quantizer, batch: int = 3, seed: int = 0, height: int = 4, width: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, quantizer.in_channels, height, width, generator=generator)
+
+
+def train_step(quantizer, *batches: Tensor) -> None:
+    for h in batches:
+        quantizer(h)
+    quantizer.after_step()
+
+
+# Laws over the registry
+
+
+def test_codes_are_int64_in_range_and_z_has_the_promised_shape(quantizer):
+    out = quantizer(features(quantizer))
+    assert out.z.shape == (3, quantizer.out_channels, 4, 2)
+    assert len(out.codes) == len(quantizer.vocab_sizes)
+    for codes, vocab_size in zip(out.codes, quantizer.vocab_sizes):
+        assert codes.shape == (3, 4, 2)
+        assert codes.dtype == torch.int64
+        assert 0 <= codes.min() <= codes.max() < vocab_size
+
+
+def test_embedding_the_codes_gives_z_bit_for_bit(quantizer):
+    train_step(quantizer, features(quantizer))
+    h = features(quantizer, seed=1)
+    out = quantizer.eval()(h)
+    assert torch.equal(quantizer.embed(out.codes), out.z)
+    assert all(torch.equal(a, b) for a, b in zip(quantizer.encode(h), out.codes))
+
+
+def test_evaluation_is_deterministic_and_changes_nothing(quantizer):
+    train_step(quantizer, features(quantizer))
+    state = copy.deepcopy(quantizer.eval().state_dict())
+    first, second = quantizer(features(quantizer)), quantizer(features(quantizer))
+    quantizer.after_step()
+    assert torch.equal(first.z, second.z)
+    assert all(torch.equal(value, state[name]) for name, value in quantizer.state_dict().items())
+
+
+def test_gradient_reaches_the_input_through_z(quantizer):
+    h = features(quantizer).requires_grad_()
+    out = quantizer(h, step=0)
+    out.z.square().sum().backward()
+    assert h.grad.abs().sum() > 0
+
+
+def test_losses_are_finite_scalars(quantizer):
+    losses = quantizer(features(quantizer), step=0).losses
+    assert all(loss.shape == () and loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+
+
+def test_codes_inside_bfloat16_autocast_are_those_of_float32(quantizer):
+    train_step(quantizer, features(quantizer))
+    # Many positions: were the distances in bfloat16, some would change sides.
+    h = features(quantizer, batch=64, seed=1).bfloat16()
+    expected = quantizer.eval()(h.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = quantizer(h)
+    assert all(torch.equal(a, b) for a, b in zip(out.codes, expected.codes))
+    assert out.z.dtype == torch.bfloat16
+    assert torch.equal(out.z, expected.z.bfloat16())
+
+
+def test_state_dict_restores_the_codes(quantizer):
+    train_step(quantizer, features(quantizer))
+    twin = copy.deepcopy(quantizer)
+    train_step(twin, features(quantizer, seed=1))
+    twin.load_state_dict(quantizer.state_dict())
+    h = features(quantizer, seed=2)
+    assert torch.equal(twin.eval()(h).z, quantizer.eval()(h).z)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_evaluating_features_that_are_not_finite_raises(quantizer, value):
+    h = features(quantizer)
+    h[1, 0, 2, 1] = value
+    with pytest.raises(ValueError, match="not finite"):
+        quantizer.eval()(h)
+
+
+def test_batch_of_one_position(quantizer):
+    train_step(quantizer, features(quantizer, batch=1, height=1, width=1))
+    assert quantizer.eval()(features(quantizer, batch=1, height=1, width=1)).z.isfinite().all()
+
+
+# Nearest neighbours
+
+
+def brute_force(vectors: Tensor, codebook: Tensor) -> Tensor:
+    differences = vectors.double()[:, None] - codebook.double()[None]
+    return torch.from_numpy(differences.square().sum(dim=2).numpy().argmin(axis=1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_vectors=st.integers(0, 40),
+    codebook_size=st.integers(1, 9),
+    dim=st.integers(1, 4),
+    tile=st.integers(1, 60),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_nearest_is_brute_force_with_ties_to_the_lowest_index(num_vectors, codebook_size, dim, tile, seed):
+    generator = torch.Generator().manual_seed(seed)
+    # Small whole numbers are exact in float32 and tie often; small tiles put edges everywhere.
+    vectors = torch.randint(-2, 3, (num_vectors, dim), generator=generator).float()
+    codebook = torch.randint(-2, 3, (codebook_size, dim), generator=generator).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "CPU_TILE", tile)
+        codes = nearest(vectors, codebook)
+    assert torch.equal(codes, brute_force(vectors, codebook))
+
+
+@pytest.mark.parametrize("num_vectors", [1, 127, 128, 129, 300])
+def test_nearest_is_brute_force_around_the_edges_of_a_tile(num_vectors):
+    codebook = torch.randn(search.CPU_TILE // 128, 2)
+    vectors = torch.randn(num_vectors, 2)
+    chosen = (vectors.double() - codebook[nearest(vectors, codebook)].double()).norm(dim=1)
+    best = torch.cdist(vectors.double(), codebook.double()).amin(dim=1)
+    torch.testing.assert_close(chosen, best, rtol=0, atol=1e-4)  # float32: two entries may be as good as equally near
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_nearest_works_whatever_the_gradient_mode(mode):
+    vectors, codebook = torch.randn(10, 3), torch.randn(4, 3, requires_grad=True)
+    with mode():
+        codes = nearest(vectors, codebook)
+    assert torch.equal(codes, brute_force(vectors, codebook.detach()))
+
+
+MEMORY_PROBE = """
+import resource, torch
+from tokenizer.quantizers import EMAVQ
+torch.set_num_threads(1)
+quantizer = EMAVQ(codebook_size=8192, code_dim=64, init="normal")
+h = torch.randn(1, 64, 128, 128, requires_grad=True)
+quantizer(h[:, :, :2]).z.sum().backward()  # what the libraries allocate once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+out = quantizer(h)
+(out.z.sum() + out.losses["commitment"]).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_peak_memory_of_a_training_pass_is_far_below_the_matrix_of_distances():
+    # In a process of its own: the peak of this one is history.
+    probe = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True)
+    matrix = 16384 * 8192 * 4
+    assert int(probe.stdout) < matrix / 8
+
+
+# Vector quantization
+
+
+def test_straight_through_is_exact_forward_and_identity_backward():
+    vectors, entries = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    weights = torch.randn(4, 3)
+    out = straight_through(vectors, entries)
+    (out * weights).sum().backward()
+    assert torch.equal(out, entries)
+    assert torch.equal(vectors.grad, weights)
+    assert entries.grad is None
+
+
+def test_codebook_loss_moves_the_codebook_and_commitment_the_encoder():
+    quantizer = VQ(codebook_size=5, code_dim=4, commitment_weight=0.5, init="normal")
+    h = features(quantizer).requires_grad_()
+    losses = quantizer(h).losses
+    distance = (h - quantizer.embed(quantizer(h).codes)).square().mean()
+    assert losses["codebook"].item() == pytest.approx(distance.item(), rel=1e-6)
+    assert losses["commitment"].item() == pytest.approx(0.5 * distance.item(), rel=1e-6)
+    assert torch.autograd.grad(losses["codebook"], h, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(losses["commitment"], quantizer.codebook, allow_unused=True) == (None,)
+
+
+def numpy_ema(codebook, batches, decay, epsilon):
+    """The recursion of appendix A.1, written out entry by entry in float64."""
+    codebook = codebook.astype(np.float64)
+    num_codes = len(codebook)
+    share = len(batches[0]) / num_codes
+    size, total = np.full(num_codes, share), codebook * share
+    for x in batches:
+        codes = ((x[:, None] - codebook[None]) ** 2).sum(2).argmin(1)
+        for i in range(num_codes):
+            size[i] = decay * size[i] + (1 - decay) * (codes == i).sum()
+            total[i] = decay * total[i] + (1 - decay) * x[codes == i].sum(0)
+        n = size.sum()
+        smoothed = (size + epsilon) / (n + num_codes * epsilon) * n
+        codebook = total / smoothed[:, None]
+    return codebook, size
+
+
+def test_moving_averages_follow_the_recursion_of_the_paper():
+    quantizer = EMAVQ(codebook_size=5, code_dim=4, decay=0.8, epsilon=0.1, init="normal", revive_below=0)
+    start = quantizer.codebook.numpy().copy()
+    batches = [features(quantizer, batch=8, seed=seed) for seed in range(6)]
+    for h in batches:
+        train_step(quantizer, h)
+    rows = [h.permute(0, 2, 3, 1).reshape(-1, 4).double().numpy() for h in batches]
+    codebook, size = numpy_ema(start, rows, decay=0.8, epsilon=0.1)
+    np.testing.assert_allclose(quantizer.codebook.numpy(), codebook, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(quantizer.cluster_size.numpy(), size, rtol=1e-5)
+
+
+def test_codes_and_averages_agree_with_vector_quantize_pytorch():
+    vector_quantize_pytorch = pytest.importorskip("vector_quantize_pytorch")
+    quantizer = EMAVQ(codebook_size=16, code_dim=4, decay=0.9, init="normal", revive_below=0)
+    peer = vector_quantize_pytorch.VectorQuantize(dim=4, codebook_size=16, decay=0.9, eps=1e-5, kmeans_init=False)
+    share = 8 * 8 / 16
+    peer._codebook.embed.data.copy_(quantizer.codebook[None])
+    peer._codebook.embed_avg.data.copy_(quantizer.codebook[None] * share)
+    peer._codebook.cluster_size.data.fill_(share)
+    for seed in range(4):
+        h = features(quantizer, batch=8, seed=seed)
+        _, peer_codes, _ = peer(h.permute(0, 2, 3, 1).reshape(8, -1, 4))
+        assert torch.equal(quantizer(h).codes[0].flatten(1), peer_codes)
+        quantizer.after_step()
+        torch.testing.assert_close(quantizer.codebook, peer._codebook.embed[0], rtol=1e-5, atol=1e-6)
+
+
+def test_codebook_moves_only_after_the_step_and_only_when_training():
+    quantizer = EMAVQ(codebook_size=5, code_dim=4, init="normal")
+    start = quantizer.codebook.clone()
+    quantizer(features(quantizer))
+    assert torch.equal(quantizer.codebook, start)
+    quantizer.after_step()
+    moved = quantizer.codebook.clone()
+    assert not torch.equal(moved, start)
+    quantizer.after_step()  # nothing was gathered since
+    with torch.no_grad():
+        quantizer(features(quantizer))
+    quantizer.after_step()
+    assert torch.equal(quantizer.codebook, moved)
+
+
+def test_two_accumulated_batches_are_one_of_twice_the_size():
+    whole = EMAVQ(codebook_size=5, code_dim=4, decay=0.5, revive_below=0.5)
+    whole(features(whole))  # initialised from the same data
+    whole._pending = None
+    parts = copy.deepcopy(whole)
+    for seed in range(8):
+        h = 10 * features(whole, batch=8, seed=seed)
+        train_step(whole, h)
+        train_step(parts, h[:4], h[4:])
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_unused_entries_stay_where_they_are_until_they_are_dead():
+    quantizer = EMAVQ(codebook_size=2, code_dim=4, init="normal", revive_below=0)
+    quantizer.codebook[1] = quantizer.cluster_sum[1] = 100.0
+    for seed in range(50):
+        train_step(quantizer, features(quantizer, seed=seed))
+    torch.testing.assert_close(quantizer.codebook[1], torch.full((4,), 100.0), rtol=1e-3, atol=0)
+
+
+def test_dead_entries_become_encoder_outputs_with_a_fresh_average():
+    quantizer = EMAVQ(codebook_size=4, code_dim=4, decay=0.5, init="normal", revive_below=0.1)
+    quantizer.codebook[2:] = quantizer.cluster_sum[2:] = 1000.0
+    h = features(quantizer)  # 24 vectors: a share of 6, of which 0.5^4 < 0.1 is left after four steps
+    for _ in range(3):
+        train_step(quantizer, h)
+    assert (quantizer.codebook[2:] > 500).all()
+    train_step(quantizer, h)
+    outputs = h.permute(0, 2, 3, 1).reshape(-1, 4)
+    for entry in (2, 3):
+        assert (outputs == quantizer.codebook[entry]).all(dim=1).any()
+        assert quantizer.cluster_size[entry] == 6
+        assert torch.equal(quantizer.cluster_sum[entry], 6 * quantizer.codebook[entry])
+    assert not torch.equal(quantizer.codebook[2], quantizer.codebook[3])
+
+
+def test_no_more_entries_are_revived_than_there_are_images():
+    quantizer = EMAVQ(codebook_size=9, code_dim=4, decay=0.5, init="normal", revive_below=0.5)
+    quantizer.codebook[1:] = quantizer.cluster_sum[1:] = 1000.0
+    for _ in range(2):
+        train_step(quantizer, features(quantizer, batch=3))
+    assert (quantizer.codebook < 500).all(dim=1).sum() == 1 + 3
+
+
+def test_revival_keeps_a_codebook_in_use_that_is_lost_without():
+    used = {}
+    for revive_below in (0.0, 0.03):
+        torch.manual_seed(0)
+        quantizer = EMAVQ(codebook_size=32, code_dim=4, decay=0.8, init="normal", revive_below=revive_below)
+        for seed in range(60):
+            train_step(quantizer, 5 + features(quantizer, batch=16, seed=seed))
+        used[revive_below] = len(quantizer.eval()(5 + features(quantizer, batch=64, seed=99)).codes[0].unique())
+    assert used[0.0] < 8
+    assert used[0.03] >= 24
+
+
+# Initialisation
+
+
+@pytest.mark.parametrize("quantizer_class", [VQ, EMAVQ])
+@pytest.mark.parametrize("init", ["kmeans", "data"])
+def test_codebook_starts_from_the_first_training_batch_and_only_once(quantizer_class, init):
+    quantizer = quantizer_class(codebook_size=5, code_dim=4, init=init)
+    random = quantizer.codebook.clone()
+    quantizer.eval()(100 + features(quantizer))
+    assert torch.equal(quantizer.codebook, random)
+    quantizer.train()(100 + features(quantizer))
+    started = quantizer.codebook.clone()
+    assert (started - 100).abs().max() < 5
+    quantizer(features(quantizer))
+    assert torch.equal(quantizer.codebook, started)
+
+
+def test_loading_an_uninitialised_state_makes_the_codebook_start_again():
+    quantizer = VQ(codebook_size=5, code_dim=4)
+    state = copy.deepcopy(quantizer.state_dict())
+    quantizer(features(quantizer))
+    quantizer.load_state_dict(state)
+    quantizer(100 + features(quantizer))
+    assert (quantizer.codebook - 100).abs().max() < 5
+
+
+def test_kmeans_finds_separate_clusters_and_is_a_fixed_point():
+    centres = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]])
+    vectors = (centres[:, None] + torch.randn(3, 50, 2)).reshape(-1, 2)
+    codebook = initial_codebook(vectors, 12, "kmeans")
+    codes = nearest(vectors, codebook)
+    for code in codes.unique():
+        torch.testing.assert_close(codebook[code], vectors[codes == code].mean(dim=0), rtol=1e-2, atol=0.5)
+    assert torch.cdist(vectors, codebook).amin(dim=1).mean() < torch.cdist(vectors, centres).amin(dim=1).mean()
+
+
+@pytest.mark.parametrize("init", ["kmeans", "data"])
+def test_fewer_vectors_than_entries_give_distinct_entries(init):
+    codebook = initial_codebook(torch.randn(3, 4), 8, init)
+    assert codebook.isfinite().all()
+    assert len(codebook.unique(dim=0)) == 8
+
+
+def test_initialisation_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    initial_codebook(torch.randn(9, 2, generator=torch.Generator()), 4, "kmeans")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook_size": 0}, "codebook_size and code_dim must be at least 1, got 0"),
+        ({"commitment_weight": -1.0}, "commitment_weight must be at least 0, got -1.0"),
+        ({"init": "zeros"}, "init must be one of kmeans, data, normal, got 'zeros'"),
+        ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
+        ({"epsilon": 0.0}, "epsilon must be greater than 0, got 0.0"),
+        ({"revive_below": 1.0}, r"revive_below must lie in \[0, 1\), got 1.0"),
+        ({"codebook_sise": 5}, "did you mean 'codebook_size'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("quantizer", QUANTIZERS, {"type": "ema_vq", **options})
+
+
+def test_losses_do_not_depend_on_the_layout_of_the_features():
+    quantizer = VQ(codebook_size=5, code_dim=4, init="normal")
+    h = features(quantizer)
+    expected = quantizer.commitment_weight * F.mse_loss(h, quantizer.embed(quantizer(h).codes))
+    channels_last = quantizer(h.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(channels_last.losses["commitment"], expected)

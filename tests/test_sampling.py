@@ -1,0 +1,147 @@
+"""Filtering and drawing against plain NumPy; noise that belongs to each image."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prior.sampling import ImageNoise, SamplingOptions, choose, draw, filter_logits, guide
+
+rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
+
+
+def kept_by_hand(probabilities, top_k, top_p):
+    """Indices that temperature-free top-k, then top-p keep, one at a time from the most probable down."""
+    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
+    if top_k is not None:
+        order = order[:top_k]
+    total, kept = sum(probabilities[i] for i in order), []
+    for i in order:
+        if top_p is not None and sum(probabilities[j] for j in kept) / total >= top_p:
+            break
+        kept.append(i)
+    return set(kept)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (3, None), (100, None), (None, 0.6), (4, 0.83), (1, 0.01)])
+def test_filtered_logits_match_a_filter_by_hand(temperature, top_k, top_p):
+    logits = torch.randn(50, 9)
+    filtered = filter_logits(logits, SamplingOptions(temperature, top_k, top_p))
+    for row, result in zip(logits.double().numpy(), filtered.softmax(-1).double().numpy()):
+        expected = np.exp(row / temperature)
+        kept = kept_by_hand(expected / expected.sum(), top_k, top_p)
+        expected[[i for i in range(len(row)) if i not in kept]] = 0
+        np.testing.assert_allclose(result, expected / expected.sum(), atol=1e-6)  # float32 exponentials
+
+
+@settings(deadline=None)
+@given(rows, st.integers(1, 20), st.floats(1e-6, 1.0), st.sampled_from([0.0, 1e-45, 1e-30, 1e-3, 1.0, 1e30]))
+def test_at_least_one_code_is_kept_whatever_the_options(row, top_k, top_p, temperature):
+    filtered = filter_logits(torch.tensor([row]), SamplingOptions(temperature, top_k, top_p))
+    assert filtered.isfinite().any()
+    assert not filtered.isnan().any()
+
+
+def test_temperature_zero_keeps_the_first_of_the_most_probable():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
+    assert filter_logits(logits, SamplingOptions(temperature=0.0)).tolist() == [[-torch.inf, 0, -torch.inf, -torch.inf]]
+
+
+def test_ties_at_the_k_th_code_are_kept():
+    filtered = filter_logits(torch.tensor([[1.0, 2.0, 2.0, 2.0]]), SamplingOptions(top_k=2))
+    assert filtered.isfinite().tolist() == [[False, True, True, True]]
+
+
+def test_half_precision_logits_are_filtered_in_float32():
+    assert filter_logits(torch.randn(2, 4, dtype=torch.bfloat16), SamplingOptions(top_p=0.5)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_guidance_multiplies_powers_of_the_two_distributions(scale):
+    conditional, unconditional = torch.randn(2, 5, 4).double()
+    p, q = conditional.softmax(-1), unconditional.softmax(-1)
+    expected = p**scale * q ** (1 - scale)
+    guided = guide(conditional, unconditional, scale).softmax(-1)
+    torch.testing.assert_close(guided.double(), expected / expected.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
+
+
+@settings(deadline=None)
+@given(rows, st.floats(0, 1, width=32, exclude_max=True))
+def test_drawing_inverts_the_cumulative_distribution(row, uniform):
+    probabilities = np.exp(np.float64(row) - max(row))
+    bounds = np.concatenate([[0.0], (probabilities / probabilities.sum()).cumsum()])
+    code = draw(torch.tensor([row]), torch.tensor([uniform])).item()
+    assert bounds[code] - 1e-6 <= uniform <= bounds[code + 1] + 1e-6  # rounding of float32 sums
+
+
+@pytest.mark.parametrize("uniform", [0.0, 2**-30, 0.5, 1 - 2**-24, 1.0])
+@pytest.mark.parametrize("vocab_size", [3, 1000, 16384])
+def test_an_impossible_code_is_never_drawn(uniform, vocab_size):
+    logits = torch.randn(64, vocab_size)
+    logits[:, 0] = logits[:, -1] = -torch.inf
+    logits[torch.rand(64, vocab_size) < 0.3] = -torch.inf
+    logits[:, 1] = 0.0
+    codes = draw(logits, torch.full((64,), uniform))
+    assert logits.gather(1, codes[:, None]).isfinite().all()
+
+
+def test_the_only_possible_code_is_always_drawn():
+    logits = torch.full((4, 6), -torch.inf)
+    logits[:, 4] = -3.0
+    assert draw(logits, torch.tensor([0.0, 0.3, 0.999, 1.0])).tolist() == [4] * 4
+
+
+def test_frequencies_of_drawn_codes_match_the_probabilities():
+    logits, n = torch.tensor([0.0, 2.0, -1.0, -torch.inf, 1.0]), 40_000
+    counts = draw(logits.expand(n, -1), torch.rand(n)).bincount(minlength=5)
+    p = logits.softmax(0)
+    assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()  # five standard deviations
+
+
+def test_choosing_with_guidance_takes_the_conditional_half_first():
+    conditional, unconditional = torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 5.0]])
+    options = SamplingOptions(temperature=0.0, guidance_scale=2.0)
+    assert choose(torch.cat([conditional, unconditional]), options, torch.zeros(1)).tolist() == [0]
+
+
+def test_noise_of_an_image_does_not_depend_on_the_batch():
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+    together = ImageNoise(3, generators, torch.device("cpu")).uniform(7)
+    alone = ImageNoise(1, [torch.Generator().manual_seed(4)], torch.device("cpu")).uniform(7)
+    assert together[1].equal(alone[0])
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 40])
+def test_one_generator_gives_the_first_images_of_any_larger_batch(num_images):
+    few = ImageNoise(num_images, torch.Generator().manual_seed(0), torch.device("cpu")).uniform(3)
+    many = ImageNoise(64, torch.Generator().manual_seed(0), torch.device("cpu")).uniform(3)
+    assert few.equal(many[:num_images])
+
+
+def test_a_wrong_number_of_generators_is_refused():
+    with pytest.raises(ValueError, match="got 2 generators for 3 images"):
+        ImageNoise(3, [torch.Generator(), torch.Generator()], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "limit"),
+    [
+        ("temperature", -1.0, "at least 0, got -1.0"),
+        ("temperature", float("nan"), "at least 0, got nan"),
+        ("temperature", float("inf"), "finite and at least 0, got inf"),
+        ("top_k", 0, "at least 1, or None to keep every code, got 0"),
+        ("top_k", 1.5, "got 1.5"),
+        ("top_p", 0.0, r"\(0, 1\], or be None to keep every code, got 0.0"),
+        ("top_p", 1.1, "got 1.1"),
+        ("guidance_scale", -0.5, "at least 0, got -0.5"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, value, limit):
+    with pytest.raises(ValueError, match=f"{option} must .*{limit}"):
+        SamplingOptions(**{option: value})
+
+
+def test_the_whole_nucleus_is_no_option():
+    assert SamplingOptions(top_p=1.0).names_set() == set()

@@ -1,0 +1,304 @@
+"""Laws of every tokenizer, with every part that it can be built from, and of the networks."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import tiny
+from tokenizer import TOKENIZERS, VQVAE, VQVAE2
+from tokenizer.likelihoods import LIKELIHOODS
+from tokenizer.networks import NETWORKS
+from tokenizer.quantizers import QUANTIZERS
+from tokenizer.registry import build
+from tokenizer.vqvae import VQVAEConfig
+from tokenizer.vqvae2 import VQVAE2Config
+
+VARIANTS = [
+    *((name, {}) for name in sorted(TOKENIZERS)),
+    *(("vqvae", {"quantizer": {"type": name, **tiny.QUANTIZERS.get(name, {})}}) for name in sorted(QUANTIZERS)),
+    *(("vqvae", {"network": {"type": name, **tiny.NETWORKS.get(name, {})}}) for name in sorted(NETWORKS)),
+    *(("vqvae", {"likelihood": {"type": name, **tiny.LIKELIHOODS.get(name, {})}}) for name in sorted(LIKELIHOODS)),
+]
+
+
+def label(variant) -> str:
+    name, parts = variant
+    return "-".join([name, *(options["type"] for options in parts.values())])
+
+
+@pytest.fixture(params=VARIANTS, ids=label)
+def tokenizer(request):
+    name, parts = request.param
+    return make(name, **parts)
+
+
+def make(name: str, **overrides):
+    if name not in tiny.TOKENIZERS:
+        pytest.fail(f"no tiny configuration of tokenizer '{name}' in tests/tiny.py")
+    return TOKENIZERS[name](TOKENIZERS[name].Config(**{**tiny.TOKENIZERS[name], **overrides}))
+
+
+def random_images(tokenizer, batch: int = 3, seed: int = 0) -> Tensor:
+    """Binary images: every likelihood takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(batch, *tokenizer.config.image_shape, generator=generator) > 0.5).float()
+
+
+def train_step(tokenizer, images: Tensor) -> None:
+    optimizer = torch.optim.SGD(tokenizer.parameters(), lr=0.01)
+    sum(tokenizer.train()(images, step=0).losses.values()).backward()
+    optimizer.step()
+    tokenizer.after_step()
+
+
+def trained(tokenizer):
+    tokenizer.initialize(random_images(tokenizer))
+    train_step(tokenizer, random_images(tokenizer))
+    tokenizer.zero_grad()
+    return tokenizer.eval()
+
+
+# Laws over the registry
+
+
+def test_forward_gives_images_codes_and_scalar_losses(tokenizer):
+    images = random_images(tokenizer)
+    out = tokenizer(images, step=0)
+    tokenizer.spec.check(out.codes)
+    assert out.images.shape == images.shape
+    assert 0 <= out.images.min() <= out.images.max() <= 1
+    assert "reconstruction" in out.losses
+    assert all(loss.shape == () and loss.isfinite() for loss in out.losses.values())
+
+
+def test_prior_covers_the_codes(tokenizer):
+    codes = trained(tokenizer).encode(random_images(tokenizer))
+    tokenizer.spec.check(codes)
+    assert tokenizer.prior.spec == tokenizer.spec
+    assert tokenizer.prior.log_prob(codes).shape == (3,)
+    assert tokenizer.decode(tokenizer.prior.sample(2)).shape == (2, *tokenizer.config.image_shape)
+
+
+def test_every_parameter_receives_a_finite_gradient(tokenizer):
+    sum(tokenizer(random_images(tokenizer), step=0).losses.values()).backward()
+    missing = [name for name, p in tokenizer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+
+
+def test_codes_of_an_image_do_not_depend_on_the_batch(tokenizer):
+    images = random_images(tokenizer)
+    batch = trained(tokenizer).encode(images)
+    for i in range(len(images)):
+        alone = tokenizer.encode(images[i : i + 1])
+        assert all(torch.equal(level[i : i + 1], single) for level, single in zip(batch, alone))
+
+
+def test_codes_depend_on_the_image(tokenizer):
+    trained(tokenizer)
+    first, second = tokenizer.encode(random_images(tokenizer)), tokenizer.encode(random_images(tokenizer, seed=1))
+    assert any(not torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_every_level_of_the_codes_matters_to_the_image(tokenizer):
+    codes = trained(tokenizer).encode(random_images(tokenizer))
+    for level, vocab_size in enumerate(tokenizer.spec.vocab_sizes):
+        other = [*codes[:level], (codes[level] + 1) % vocab_size, *codes[level + 1 :]]
+        assert not torch.equal(tokenizer.decode(codes), tokenizer.decode(tuple(other)))
+
+
+def test_evaluation_is_deterministic(tokenizer):
+    images = random_images(tokenizer)
+    trained(tokenizer)
+    first, second = tokenizer(images), tokenizer(images)
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(tokenizer.decode(first.codes), tokenizer.decode(first.codes))
+
+
+def test_saved_state_decodes_bit_for_bit(tokenizer):
+    state = copy.deepcopy(trained(tokenizer).state_dict())
+    codes = tokenizer.encode(random_images(tokenizer))
+    images = tokenizer.decode(codes)
+    train_step(tokenizer, random_images(tokenizer, seed=1))
+    tokenizer.load_state_dict(state)
+    again = tokenizer.eval().encode(random_images(tokenizer))
+    assert all(torch.equal(a, b) for a, b in zip(again, codes))
+    assert torch.equal(tokenizer.decode(codes), images)
+
+
+def test_nll_is_one_finite_number_per_image(tokenizer):
+    images = random_images(tokenizer)
+    codes = trained(tokenizer).encode(images)
+    nll = tokenizer.nll(images, codes)
+    assert nll.shape == (3,)
+    assert nll.isfinite().all()
+    torch.testing.assert_close(tokenizer.nll(images[1:2], tuple(c[1:2] for c in codes)), nll[1:2], rtol=1e-5, atol=0)
+
+
+def test_training_inside_bfloat16_autocast(tokenizer):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = tokenizer(random_images(tokenizer), step=0)
+    sum(out.losses.values()).backward()
+    tokenizer.after_step()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in tokenizer.parameters())
+    assert all(loss.dtype == torch.float32 for loss in out.losses.values())
+
+
+def test_a_wrong_image_size_is_named(tokenizer):
+    with pytest.raises(ValueError, match=r"images of shape \(batch, 3, 8, 8\), got \(2, 3, 8, 9\)"):
+        tokenizer.encode(torch.zeros(2, 3, 8, 9))
+
+
+@pytest.mark.parametrize("image_shape", [(1, 9, 6), (3, 8, 12), (1, 1, 1), (3, 5, 17)])
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_any_image_size_works(name, image_shape):
+    tokenizer = make(name, image_shape=image_shape)
+    trained(tokenizer)
+    images = random_images(tokenizer)
+    out = tokenizer(images)
+    tokenizer.spec.check(out.codes)
+    assert out.images.shape == tokenizer.decode(tokenizer.encode(images)).shape == images.shape
+    assert tokenizer.nll(images, out.codes).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_reconstruction_is_what_the_codes_decode_to(name):
+    tokenizer = trained(make(name))
+    images = random_images(tokenizer)
+    out = tokenizer(images)
+    assert torch.equal(tokenizer.decode(out.codes), out.images)
+    assert all(torch.equal(a, b) for a, b in zip(tokenizer.encode(images), out.codes))
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_initialisation_starts_every_codebook_and_leaves_no_statistics(name):
+    tokenizer = make(name).eval()
+    tokenizer.initialize(random_images(tokenizer))
+    started = copy.deepcopy(tokenizer.state_dict())
+    tokenizer.after_step()
+    assert not tokenizer.training
+    assert all(value for key, value in started.items() if key.endswith("initialized"))
+    assert all(torch.equal(value, started[key]) for key, value in tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_a_few_steps_reduce_the_reconstruction_loss(name):
+    tokenizer = make(name)
+    images = torch.rand(8, 3, 1, 1).expand(8, 3, 8, 8)
+    tokenizer.initialize(images)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=0.01)
+    history = []
+    for _ in range(100):
+        losses = tokenizer(images).losses
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        tokenizer.after_step()
+        history.append(losses["reconstruction"].item())
+    assert history[-1] < 0.5 * history[0]
+
+
+# VQ-VAE and VQ-VAE-2
+
+
+def test_code_maps_have_the_rounded_up_size():
+    assert make("vqvae", image_shape=(3, 9, 6)).spec.shapes == ((3, 2),)
+    assert make("vqvae2", image_shape=(3, 9, 6)).spec.shapes == ((3, 2), (6, 4))
+
+
+def test_levels_go_from_coarse_to_fine_with_their_own_codebooks():
+    tokenizer = make("vqvae2", downsample_factors=(8, 4, 1), codebook_sizes=(2, 3, 4))
+    assert tokenizer.spec.shapes == ((1, 1), (2, 2), (8, 8))
+    assert tokenizer.spec.vocab_sizes == (2, 3, 4)
+    losses = tokenizer(random_images(tokenizer)).losses
+    assert {"commitment_0", "commitment_1", "commitment_2"} <= set(losses)
+
+
+def test_finer_levels_know_the_coarser_codes():
+    tokenizer = trained(make("vqvae2"))
+    images = random_images(tokenizer, batch=8)
+    before = tokenizer.encode(images)
+    with torch.no_grad():
+        tokenizer.from_quantizers[0].bias += 10
+    after = tokenizer.encode(images)
+    assert torch.equal(before[0], after[0])
+    assert not torch.equal(before[1], after[1])
+
+
+def test_a_coarse_code_reaches_its_own_region_of_the_finest_map():
+    tokenizer = make("vqvae2", downsample_factors=(4, 1))
+    latents = [torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 8, 8)]
+    tokenizer.decoders[-1] = nn.Identity()
+    latents[0][:, :, 0, 1] = 1
+    seen = tokenizer._params(latents)
+    assert seen.shape == (1, 8, 8, 8)
+    assert seen.sum() == seen[:, :4, :4, 4:].sum() == 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("make_bad", "message"),
+    [
+        (lambda: VQVAEConfig(image_shape=(3, 8, 8), downsample_factor=3), "power of two, at least 1, got 3"),
+        (lambda: VQVAEConfig(image_shape=(3, 8, 8), latent_dim=0), "latent_dim must be at least 1, got 0"),
+        (lambda: VQVAEConfig(image_shape=(2, 8, 8)), "image_shape must be"),
+        (lambda: VQVAE2Config(image_shape=(3, 8, 8), downsample_factors=(4, 4)), "must decrease from coarse to fine"),
+        (lambda: VQVAE2Config(image_shape=(3, 8, 8), downsample_factors=()), "must decrease from coarse to fine"),
+        (lambda: VQVAE2Config(image_shape=(3, 8, 8), downsample_factors=(6, 2)), "power of two, at least 1, got 6"),
+        (lambda: VQVAE2Config(image_shape=(3, 8, 8), codebook_sizes=(5,)), "one entry for each of the 2 levels"),
+        (lambda: make("vqvae", quantizer={"type": "ema-vq"}), "unknown quantizer 'ema-vq'; did you mean 'ema_vq'"),
+        (lambda: make("vqvae", network={"type": "conv", "width": 3}), "network 'Conv' has no option 'width'"),
+        (lambda: make("vqvae", likelihood={}), "likelihood needs a 'type'"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(make_bad, message):
+    with pytest.raises(ValueError, match=message):
+        make_bad()
+
+
+def test_configurations_take_lists():
+    config = VQVAE2Config(image_shape=[3, 8, 8], downsample_factors=[4, 2], codebook_sizes=[3, 5])
+    assert config == VQVAE2Config(image_shape=(3, 8, 8), downsample_factors=(4, 2), codebook_sizes=(3, 5))
+    assert VQVAE2.Config is VQVAE2Config
+    assert VQVAE.Config is VQVAEConfig
+
+
+# Networks
+
+
+@pytest.mark.parametrize("factor", [1, 2, 8])
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_networks_scale_by_their_factor_and_use_every_parameter(name, factor):
+    if name not in tiny.NETWORKS:
+        pytest.fail(f"no tiny configuration of network '{name}' in tests/tiny.py")
+    network = build("network", NETWORKS, {"type": name, **tiny.NETWORKS[name]})
+    encoder, decoder = network.encoder(3, 5, factor), network.decoder(5, 7, factor)
+    x = torch.randn(2, 3, 2 * factor, 3 * factor, requires_grad=True)
+    h = encoder(x)
+    y = decoder(h)
+    y.square().sum().backward()
+    assert h.shape == (2, 5, 2, 3)
+    assert y.shape == (2, 7, 2 * factor, 3 * factor)
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in [*encoder.parameters(), *decoder.parameters()])
+
+
+@pytest.mark.parametrize("factor", [0, 3, -2])
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_networks_refuse_factors_that_are_no_power_of_two(name, factor):
+    network = build("network", NETWORKS, {"type": name, **tiny.NETWORKS[name]})
+    for half in (network.encoder, network.decoder):
+        with pytest.raises(ValueError, match=f"power of two, at least 1, got {factor}"):
+            half(3, 3, factor)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "conv", "hidden_dim": 1}, "hidden_dim >= 2"),
+        ({"type": "resnet", "dim_multipliers": ()}, "sizes of at least 1"),
+    ],
+)
+def test_networks_refuse_sizes_that_cannot_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        build("network", NETWORKS, options)

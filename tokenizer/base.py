@@ -1,0 +1,89 @@
+"""What a tokenizer is: an autoencoder p(x | codes), q(codes | x), with the prior it assumes while training."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prior.base import Codes, CodeSpec, Prior
+
+
+class TokenizerOutput(NamedTuple):
+    """Result of a training pass.
+
+    images: (B, C, H, W) reconstruction in [0, 1]; codes: one int64 tensor per level; losses: scalars, already
+    weighted, whose sum is minimised.
+    """
+
+    images: Tensor
+    codes: Codes
+    losses: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """What every tokenizer's configuration holds.
+
+    Args:
+        image_shape: (C, H, W), taken from the data.
+        preprocessing: how files became images of that shape. The model never reads it; it travels with the model so
+            that new images are treated alike, and so that it counts in the tokenizer's fingerprint.
+    """
+
+    image_shape: tuple[int, int, int]
+    preprocessing: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))  # JSON and YAML give lists
+        channels, height, width = self.image_shape
+        if channels not in (1, 3) or height < 1 or width < 1:
+            raise ValueError(f"image_shape must be (1 or 3, height, width), got {self.image_shape}")
+
+
+class Tokenizer(nn.Module, ABC):
+    """An autoencoder with discrete codes. Images are (B, C, H, W) in [0, 1] at every boundary.
+
+    A subclass sets `Config` and `parts` (which of its configuration's fields are {"type": ...} dicts, and the registry
+    that each is built from), and in its constructor `spec` and `prior`.
+    """
+
+    Config: type[TokenizerConfig]
+    parts: ClassVar[dict[str, dict[str, type]]] = {}
+    spec: CodeSpec
+    prior: Prior
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, images: Tensor, step: int | None = None) -> TokenizerOutput:
+        """Reconstructs and scores; `step` drives annealing schedules, None means fully annealed."""
+
+    @abstractmethod
+    def encode(self, images: Tensor, sample: bool = False) -> Codes:
+        """The mode of q(codes | x), or a draw from it; for deterministic encoders the same thing."""
+
+    @abstractmethod
+    def decode(self, codes: Codes, generator: torch.Generator | None = None) -> Tensor:
+        """The mean of p(x | codes), (B, C, H, W) in [0, 1]; `generator` is for decoders with latents of their own."""
+
+    @abstractmethod
+    def nll(self, images: Tensor, codes: Codes) -> Tensor:
+        """-log p(x | codes) of the discrete pixels, in nats, shape (B,)."""
+
+    def initialize(self, images: Tensor) -> None:
+        """Initialisation that depends on data (codebooks); a no-op where there is none."""
+
+    def after_step(self) -> None:
+        """To be called once after each optimizer step: codebooks that follow running averages move here."""
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises ValueError unless images are (B, C, H, W) of the tokenizer's own shape."""
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.config.image_shape:
+            raise ValueError(
+                f"this tokenizer takes images of shape (batch, {', '.join(map(str, self.config.image_shape))}), "
+                f"got {tuple(images.shape)}"
+            )

@@ -1,0 +1,76 @@
+"""What a quantizer is: feature map in, code map and code vectors out."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prior.base import Codes
+
+
+class Quantized(NamedTuple):
+    """Result of quantizing a feature map.
+
+    z: (B, out_channels, h, w) code vectors, with the gradient passed on to the input; codes: one int64 (B, h, w) per
+    entry of `vocab_sizes`; losses: scalars, already weighted.
+    """
+
+    z: Tensor
+    codes: Codes
+    losses: dict[str, Tensor]
+
+
+class Quantizer(nn.Module, ABC):
+    """Maps each position of a feature map to one code, or to one code per entry of `vocab_sizes` (residual, factored).
+
+    The tokenizer puts 1x1 convolutions around it, so `in_channels` and `out_channels` are whatever the method wants.
+    Law: `embed(q(h).codes)` equals `q(h).z` bit for bit when evaluating.
+    """
+
+    in_channels: int
+    out_channels: int
+    vocab_sizes: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, h: Tensor, step: int | None = None) -> Quantized:
+        """Quantizes h, (B, in_channels, h, w); `step` drives annealing schedules, None means fully annealed."""
+
+    @abstractmethod
+    def embed(self, codes: Codes) -> Tensor:
+        """The code vectors, (B, out_channels, h, w)."""
+
+    def encode(self, h: Tensor, sample: bool = False) -> Codes:
+        """The mode of q(codes | h), or a draw from it; for a deterministic quantizer the same thing."""
+        return self(h).codes
+
+    def after_step(self) -> None:
+        """To be called once after each optimizer step, on every process: codebooks of running averages move here."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, vectors: Tensor, entries: Tensor) -> Tensor:
+        return entries
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def straight_through(vectors: Tensor, entries: Tensor) -> Tensor:
+    """`entries` exactly, whose gradient goes to `vectors` (Bengio et al. 2013, arXiv:1308.3432).
+
+    The usual `vectors + (entries - vectors).detach()` is off by a rounding error: then what the decoder sees while
+    training is not what the codes decode to.
+    """
+    return _StraightThrough.apply(vectors, entries.detach())
+
+
+def check_finite(h: Tensor) -> None:
+    """Raises ValueError for infinity or not-a-number, of which a search would silently make some code."""
+    if not torch.isfinite(h).all():
+        raise ValueError(
+            "the encoder's output is not finite, so it has no codes; "
+            "check the images and the weights (a diverged training?)"
+        )

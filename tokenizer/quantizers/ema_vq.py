@@ -1,0 +1,158 @@
+"""Vector quantization whose codebook follows running averages of the vectors assigned to it."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenizer.quantizers.base import Quantized
+from tokenizer.quantizers.codebook import CodebookQuantizer, Init, add_statistics, is_distributed
+
+
+class EMAVQ(CodebookQuantizer):
+    """Vector quantization with moving averages (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; Razavi et al.
+    2019, arXiv:1906.00446).
+
+    Entry i is m_i / N_i, with N_i and m_i the running averages of how many vectors took it and of their sum. The
+    forward pass only gathers these statistics; `after_step` applies them, once per optimizer step, so that accumulated
+    batches and several processes give what one big batch gives. They are gathered when training with gradients on.
+
+    Entries that hardly any vector takes are replaced by encoder outputs of the same step, which the papers do not do:
+    without it a part of the codebook is lost for good.
+
+    Args:
+        codebook_size: number of entries K.
+        code_dim: width D of an entry, and of the feature map.
+        commitment_weight: beta, the weight of |z_e - sg[e]|^2; 0.25 is the paper's.
+        decay: gamma of the running averages; 0.99 is the paper's.
+        epsilon: Laplace smoothing of the counts, which keeps an unused entry from a division by zero.
+        init: where the codebook starts: "kmeans" centres of the first batch, vectors of it ("data"), or N(0, 1).
+        revive_below: an entry is replaced when its running count falls below this fraction of the uniform share, the
+            vectors of a step / K; 0 never replaces.
+    Raises:
+        ValueError: an argument out of range; features that are not finite, when evaluating.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int = 512,
+        code_dim: int = 64,
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        init: Init = "kmeans",
+        revive_below: float = 0.03,
+    ):
+        super().__init__(codebook_size, code_dim, commitment_weight, init)
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        if not epsilon > 0:
+            raise ValueError(f"epsilon must be greater than 0, got {epsilon}")
+        if not 0 <= revive_below < 1:
+            raise ValueError(f"revive_below must lie in [0, 1), got {revive_below}")
+        self.decay, self.epsilon, self.revive_below = decay, epsilon, revive_below
+        self.register_buffer("codebook", torch.randn(codebook_size, code_dim))
+        self.register_buffer("cluster_size", torch.ones(codebook_size))  # N_i
+        self.register_buffer("cluster_sum", self.codebook.clone())  # m_i
+        self.register_buffer("num_updates", torch.tensor(0))
+        # No buffer: DDP broadcasts buffers of rank 0 and would overwrite what the other processes gathered.
+        self._pending: _Statistics | None = None
+
+    def forward(self, h: Tensor, step: int | None = None) -> Quantized:
+        with torch.autocast(h.device.type, enabled=False):  # distances, averages and losses in float32
+            vectors, codes = self._search(h)
+            entries = F.embedding(codes, self.codebook)
+            if self.training and torch.is_grad_enabled():
+                self._gather(vectors.detach(), codes, num_images=len(h))
+            losses = {"commitment": self.commitment_weight * F.mse_loss(vectors, entries)}
+            return self._quantized(h, vectors, entries, codes, losses)
+
+    def _initialize(self, codebook: Tensor) -> None:
+        super()._initialize(codebook)
+        self.cluster_size.fill_(1)
+        self.cluster_sum.copy_(self.codebook)
+
+    @torch.no_grad()
+    def _gather(self, vectors: Tensor, codes: Tensor, num_images: int) -> None:
+        pending = self._pending = self._pending or _Statistics.like(self.codebook)
+        add_statistics(pending.counts, pending.sums, vectors, codes)
+        if self.revive_below > 0:
+            # One vector per image. Multiples of the golden ratio visit all positions evenly, step after step.
+            maps = vectors.view(num_images, -1, vectors.shape[1])
+            position = (self.num_updates * 2654435769 % 2**32) * maps.shape[1] // 2**32
+            pending.candidates.append(maps.index_select(1, position.view(1)).squeeze(1))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self._pending is None and not is_distributed():
+            return
+        pending, self._pending = self._pending or _Statistics.like(self.codebook), None
+        counts, sums = _sum_over_processes(pending.counts, pending.sums)
+        share = counts.sum() / len(counts)
+        if share == 0:
+            return
+        self._update_averages(counts, sums, share)
+        self._revive(share, pending.candidates)
+
+    def _update_averages(self, counts: Tensor, sums: Tensor, share: Tensor) -> None:
+        """The update of appendix A.1, with N_i and m_i starting as if every entry had always had its uniform share.
+
+        Starting from zero instead, an entry unused at the first step becomes m_i / ~0, far from everything.
+        """
+        start = torch.where(self.num_updates == 0, share, torch.ones_like(share))
+        self.cluster_size.mul_(start).mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.cluster_sum.mul_(start).mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + self.epsilon) / (total + len(counts) * self.epsilon) * total
+        self.codebook.copy_(self.cluster_sum / smoothed[:, None])
+        self.num_updates += 1
+
+    def _revive(self, share: Tensor, candidates: list[Tensor]) -> None:
+        """Replaces dead entries. Every process comes to the same result: the counts were summed over all of them."""
+        dead = (self.cluster_size < self.revive_below * share).nonzero().flatten()
+        if len(dead) == 0:
+            return
+        vectors = _rows_of_processes(torch.cat([*candidates, self.codebook[:0]]))
+        num_revived = min(len(dead), len(vectors))
+        generator = torch.Generator().manual_seed(self.num_updates.item())
+        dead = dead[torch.randperm(len(dead), generator=generator)[:num_revived].to(dead.device)]
+        vectors = vectors[torch.randperm(len(vectors), generator=generator)[:num_revived].to(dead.device)]
+        self.codebook[dead] = vectors
+        self.cluster_size[dead] = share
+        self.cluster_sum[dead] = vectors * share
+
+
+@dataclass
+class _Statistics:
+    """What the forward passes of one optimizer step gather: vectors per entry, their sums, and would-be entries."""
+
+    counts: Tensor  # (K,)
+    sums: Tensor  # (K, D)
+    candidates: list[Tensor] = field(default_factory=list)  # (B, D) per forward pass
+
+    @classmethod
+    def like(cls, codebook: Tensor) -> "_Statistics":
+        return cls(torch.zeros_like(codebook[:, 0]), torch.zeros_like(codebook))
+
+
+def _sum_over_processes(counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    if not is_distributed():
+        return counts, sums
+    flat = torch.cat([counts[:, None], sums], dim=1)  # one message
+    dist.all_reduce(flat)
+    return flat[:, 0], flat[:, 1:]
+
+
+def _rows_of_processes(rows: Tensor) -> Tensor:
+    """The rows (n, D) of all processes in the order of their ranks; n may differ between them (a short last batch)."""
+    if not is_distributed():
+        return rows
+    sizes = [torch.tensor(0, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor(len(rows), device=rows.device))
+    sizes = [size.item() for size in sizes]
+    padded = F.pad(rows, (0, 0, 0, max(sizes) - len(rows)))
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes)])

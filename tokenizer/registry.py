@@ -1,0 +1,35 @@
+"""Building a named part from its {"type": name, **options} dict, with errors that name the nearest known thing."""
+
+import difflib
+import inspect
+
+
+def nearest_known(name: str, known) -> str:
+    """' (did you mean ...?)' or the empty string, followed by all known names."""
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"{hint} (known: {', '.join(sorted(known))})"
+
+
+def lookup(kind: str, registry: dict[str, type], name: str) -> type:
+    """The class registered under `name`. Raises ValueError naming the nearest known one."""
+    if name not in registry:
+        raise ValueError(f"unknown {kind} '{name}'{nearest_known(name, registry)}")
+    return registry[name]
+
+
+def build(kind: str, registry: dict[str, type], options: dict, **implied):
+    """The part that `options` describes; `implied` is what the surroundings determine (channels, sizes).
+
+    Raises:
+        ValueError: no or an unknown "type", or an option that the part does not have.
+    """
+    options = dict(options)
+    if "type" not in options:
+        raise ValueError(f"{kind} needs a 'type'{nearest_known('', registry)}, got {options}")
+    part = lookup(kind, registry, options.pop("type"))
+    known = set(inspect.signature(part).parameters) - set(implied)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{kind} '{part.__name__}' has no option '{option}'{nearest_known(option, known)}")
+    return part(**implied, **options)
