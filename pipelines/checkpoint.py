@@ -68,7 +68,7 @@ def _typed(config_class: type, options: dict):
     parser.add_class_arguments(config_class, "config")
     options = {key: asdict(value) if isinstance(value, CodeSpec) else value for key, value in options.items()}
     try:
-        return parser.instantiate_classes(parser.parse_object({"config": options})).config
+        return parser.instantiate(parser.parse_object({"config": options})).config
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split()).replace('"config.', '"')) from error
 

@@ -263,7 +263,7 @@ class FolderSource(Source):
     def read(self, index: int) -> tuple[Image.Image, int]:
         path = self.name(index)
         with _naming_image(path), Image.open(path, formats=self.formats) as image:
-            image.load()
+            _load(image)
             return image, self.labels[index]
 
     def probe(self, index: int) -> Probe:
@@ -278,8 +278,9 @@ class FolderSource(Source):
             digest = hashlib.sha256(f"{self.paths[index]}\0{size}\0".encode() + head + file.read()).digest()
             file.seek(0)
             with Image.open(file, formats=self.formats) as image:
-                # Orientation: 5 to 8 swap height and width. The base class's method, since PNG's decodes the image
-                sideways = Image.Image.getexif(image).get(0x0112, 1) >= 5
+                # Orientation: 5 to 8 swap height and width, which TIFF's size heeds already. The base class's method,
+                # since PNG's decodes the image.
+                sideways = image.format != "TIFF" and Image.Image.getexif(image).get(0x0112, 1) >= 5
                 height, width = (image.width, image.height) if sideways else (image.height, image.width)
                 return Probe((height, width), 1 if image.mode in GREY_MODES else 3, digest)
 
@@ -454,6 +455,14 @@ def _naming_image(name: str) -> Iterator[None]:
         raise BadImageError(f"{name}: cannot be read as an image: {error}") from error
 
 
+def _load(image: Image.Image) -> None:
+    """Decodes. Pillow 13 mixes up the pixels of uncompressed TIFFs that lie on their side; their size betrays it."""
+    announced = image.size
+    image.load()
+    if image.format == "TIFF" and image.size != announced:
+        raise BadImageError("an uncompressed TIFF with a sideways orientation; save it compressed, or as PNG")
+
+
 def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
     """Scales 0..65535 to 0..255; Pillow's own conversion clips everything above 255."""
     values = np.asarray(image).astype(np.int64)
@@ -464,6 +473,7 @@ def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
 
 def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     """The image upright, opaque (on white), in 8 bits, grey or RGB."""
+    _load(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = _sixteen_to_eight_bits(image)

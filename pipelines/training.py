@@ -566,7 +566,7 @@ class _Run:
                     save_state(self.folder / "best", progress.step, {"weights": weights}, {"metrics": metrics}, keep=1)
         accelerator.wait_for_everyone()
         self._say(bar, f"step {progress.step}: validation {_brief(metrics)}")
-        if progress.step - progress.best_step >= 3 * self.config.eval_every:
+        if (progress.step - progress.best_step) // self.config.eval_every == 3:  # said once, not at every evaluation
             self._say(
                 bar,
                 f"step {progress.step}: validation {name} {metrics[name]:.4f} has not improved on {best:.4f} of step "
@@ -749,7 +749,8 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def _get_weights(module: nn.Module) -> dict[str, Tensor]:
-    return dict(get_model_state_dict(module, options=_WHOLE))
+    # On the CPU these are the module's own tensors, which go on changing
+    return {name: tensor.clone() for name, tensor in get_model_state_dict(module, options=_WHOLE).items()}
 
 
 def _set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -31,9 +31,9 @@ class GPTConfig(AutoregressiveConfig):
         ValueError: a size or probability out of range, an unknown kind of positions, or heads that do not fit.
     """
 
-    num_layers: int = 12
-    num_heads: int = 12
-    hidden_dim: int = 768
+    num_layers: int = 4
+    num_heads: int = 4
+    hidden_dim: int = 128
     ffn_dim: int | None = None
     dropout: float = 0.1
     positions: Literal["rotary", "rotary_2d", "learned"] = "rotary"

@@ -1,5 +1,6 @@
 """Codebooks on two real processes: the same bits on both, and what one process with the whole batch gets."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,10 @@ def train(quantizer, batches: list[Tensor]) -> None:
 
 def train_on_one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # Processes that disagree on what to do next would wait half an hour by default.
+    patience = timedelta(seconds=20)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     quantizer = make()
     train(quantizer, [part_of(rank, step) for step in range(NUM_STEPS)])
     torch.save(quantizer.state_dict(), folder / f"averages{rank}.pt")

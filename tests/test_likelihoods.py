@@ -72,6 +72,15 @@ def test_nll_of_an_image_does_not_depend_on_the_batch(name, channels):
     torch.testing.assert_close(likelihood.nll(params, images)[1:], alone, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("location", [-3.0, -0.9, 0.2])
+@pytest.mark.parametrize("likelihood", [Normal(1, data_variance=0.001), Laplace(1, data_deviation=0.02)])
+def test_the_negative_has_the_probability_of_the_image_even_in_the_tails(likelihood, location):
+    pixels = all_pixels(likelihood)
+    params = torch.full_like(pixels, location)
+    torch.testing.assert_close(likelihood.nll(params, pixels), likelihood.nll(-params, 1 - pixels), rtol=1e-3, atol=0)
+    assert likelihood.nll(params, pixels).diff().max() < 1e3  # nowhere does a probability vanish in rounding
+
+
 @pytest.mark.parametrize("value", [-1e3, -30.0, 0.0, 30.0, 1e3])
 def test_losses_and_gradients_are_finite_at_extreme_parameters(name, value):
     likelihood = make(name, image_channels=3)
@@ -198,6 +207,7 @@ def test_logistic_mixture_mean_is_the_expectation_over_all_pixels(monkeypatch):
     monkeypatch.setattr(LogisticMixture, "num_values", 16)
     likelihood = LogisticMixture(3, num_components=2)
     params = 0.3 * torch.randn(1, 2, 10, 1, 1)
+    params[:, :, 7:] += torch.tensor([0.5, 1.0, -1.0])[:, None, None]
     params[:, :, 4:7] -= 2.5  # narrow: the open bins at the ends, which the closed form ignores, hold little mass
     params = params.flatten(1, 2)
     pixels = all_pixels(likelihood)

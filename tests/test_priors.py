@@ -9,7 +9,7 @@ import torch
 
 from prior import PRIORS, CodeSpec, PriorConfig
 from prior.autoregressive import AutoregressivePrior
-from prior.gpt import GPTConfig, coordinates, rotary_angles, rotate
+from prior.gpt import GPTConfig, coordinates, rotary_angles, rotary_table, rotate
 from prior.pixelcnn import PixelCNN, PixelCNNConfig
 from prior.sampling import ImageNoise, SamplingOptions, choose
 from prior.torchvision_guard import ensure_torchvision
@@ -544,6 +544,16 @@ def test_rotated_products_depend_on_the_difference_of_places_alone():
 
     torch.testing.assert_close(product(3, 1), product(10, 8))
     assert (product(3, 1) - product(3, 2)).abs() > 1e-3
+
+
+def test_half_of_a_head_turns_with_the_row_and_half_with_the_column():
+    config = GPTConfig(spec=CodeSpec(((3, 4),), (2,)), positions="rotary_2d", hidden_dim=16, num_heads=2)
+    cos = rotary_table(config, torch.device("cpu"))[0].unflatten(0, (3, 4))  # (rows, columns, head_dim / 2)
+    by_row, by_column = cos.chunk(2, dim=-1)
+    assert by_row.equal(by_row[:, :1].expand_as(by_row))
+    assert by_column.equal(by_column[:1].expand_as(by_column))
+    assert len(by_row[:, 0].unique(dim=0)) == 3
+    assert len(by_column[0].unique(dim=0)) == 4
 
 
 def test_levels_share_one_scale_of_coordinates():

@@ -183,6 +183,24 @@ def test_initialisation_starts_every_codebook_and_leaves_no_statistics(name):
 
 
 @pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_every_codebook_moves_after_a_step(name):
+    state = trained(make(name)).state_dict()
+    updates = [value for key, value in state.items() if key.endswith("num_updates")]
+    assert updates
+    assert all(value == 1 for value in updates)
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_networks_see_images_from_minus_one_to_one(name):
+    tokenizer = make(name)
+    seen = []
+    encoder = tokenizer.encoder if name == "vqvae" else tokenizer.encoders[-1]
+    encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tokenizer(random_images(tokenizer))
+    assert (seen[0].min(), seen[0].max()) == (-1, 1)
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
 def test_a_few_steps_reduce_the_reconstruction_loss(name):
     tokenizer = make(name)
     images = torch.rand(8, 3, 1, 1).expand(8, 3, 8, 8)
@@ -196,7 +214,7 @@ def test_a_few_steps_reduce_the_reconstruction_loss(name):
         optimizer.step()
         tokenizer.after_step()
         history.append(losses["reconstruction"].item())
-    assert history[-1] < 0.5 * history[0]
+    assert history[-1] < 0.75 * history[0]
 
 
 # VQ-VAE and VQ-VAE-2

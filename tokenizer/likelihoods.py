@@ -208,7 +208,7 @@ class LogisticMixture(Likelihood):
             location = locations[:, :, channel]
             for before in range(channel):
                 location = location + coefficients[channel, before] * x[:, :, before]
-            # Half the location and twice the inverse scale: log_bin_mass has units of [0, 1].
+            # From the scale [-1, 1] to that of log_bin_mass, [0, 1]: a logistic's scale halves.
             log_p = log_p + log_bin_mass(
                 F.logsigmoid,
                 values[:, None, channel],

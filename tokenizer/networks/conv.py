@@ -10,11 +10,11 @@ from tokenizer.networks.factor import num_halvings
 
 @dataclass(frozen=True, kw_only=True)
 class Conv:
-    """Encoder and decoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1) and VQ-VAE-2 (Razavi et
-    al. 2019, arXiv:1906.00446).
+    """Encoder and decoder of VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937, section 4.1).
 
-    One strided 4x4 convolution per halving, then residual blocks (3x3, then 1x1, with ReLU); the decoder mirrors it
-    with transposed convolutions. The first and last layers at image resolution have half the channels.
+    Those of VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446) are of the same kind. One strided 4x4 convolution per
+    halving, then residual blocks (3x3, then 1x1, with ReLU); the decoder mirrors it with transposed convolutions. The
+    first and last layers at image resolution have half the channels.
 
     Args:
         hidden_dim: channels; 128 as in the authors' code.

@@ -12,9 +12,9 @@ from tokenizer.quantizers.codebook import CodebookQuantizer, Init, add_statistic
 
 
 class EMAVQ(CodebookQuantizer):
-    """Vector quantization with moving averages (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1; Razavi et al.
-    2019, arXiv:1906.00446).
+    """Vector quantization with moving averages (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1).
 
+    As used by VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446).
     Entry i is m_i / N_i, with N_i and m_i the running averages of how many vectors took it and of their sum. The
     forward pass only gathers these statistics; `after_step` applies them, once per optimizer step, so that accumulated
     batches and several processes give what one big batch gives. They are gathered when training with gradients on.
