@@ -5,10 +5,14 @@ A *model folder* is `config.json` (with its "type") and `model.safetensors`: wha
 """
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -19,8 +23,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from pipelines.files import atomic_folder, check_manifest, read_json, write_json_atomic
+from pipelines.files import MANIFEST, atomic_folder, check_manifest, read_json, write_json_atomic
 from prior import PRIORS
 from prior.base import CodeSpec, Prior
 from tokenizer import TOKENIZERS
@@ -40,11 +45,11 @@ FILES_OF_A_HUB_REPOSITORY = ["*.json", "*.safetensors", "README.md"]
 
 def build_tokenizer(config: dict) -> Tokenizer:
     """The tokenizer that {"type": name, **fields} describes. Raises ValueError naming what is unknown or missing."""
-    binarize = config.get("preprocessing", {}).get("binarize")
+    tokenizer = _build("tokenizer", TOKENIZERS, config)
     likelihood = config.get("likelihood", {}).get("type")
-    if likelihood == "bernoulli" and binarize == "none":
+    if likelihood == "bernoulli" and tokenizer.config.preprocessing.get("binarize") == "none":
         raise ValueError("likelihood 'bernoulli' is for binary images: set data.binarize, or take another likelihood")
-    return _build("tokenizer", TOKENIZERS, config)
+    return tokenizer
 
 
 def build_prior(config: dict) -> Prior:
@@ -54,12 +59,15 @@ def build_prior(config: dict) -> Prior:
 
 def _build(kind: str, registry: dict[str, type], config: dict) -> nn.Module:
     options = dict(config)
-    model = lookup(kind, registry, options.pop("type", ""))
+    model = lookup(kind, registry, str(options.pop("type", "")))
     known = [field.name for field in fields(model.Config)]
     for option in options:
         if option not in known:
             raise ValueError(f"{kind} '{config['type']}' has no field '{option}'{nearest_known(option, known)}")
-    return model(_typed(model.Config, options))
+    config = _typed(model.Config, options)
+    for part, classes in getattr(model, "parts", {}).items():
+        _check_part(part, classes, getattr(config, part))
+    return model(config)
 
 
 def _typed(config_class: type, options: dict):
@@ -67,8 +75,24 @@ def _typed(config_class: type, options: dict):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, "config")
     options = {key: asdict(value) if isinstance(value, CodeSpec) else value for key, value in options.items()}
-    try:
+    with _one_line_errors():
         return parser.instantiate(parser.parse_object({"config": options})).config
+
+
+def _check_part(name: str, classes: dict[str, type], options: dict) -> None:
+    """Raises ValueError unless the options of a part have the types that it declares; unknown ones are `build`'s."""
+    cls = lookup(name, classes, str(options.get("type", "")))
+    known = [option for option, p in inspect.signature(cls).parameters.items() if p.default is not p.empty]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, name, skip=set(inspect.signature(cls).parameters) - set(known))
+    with _one_line_errors():
+        parser.parse_object({name: {option: value for option, value in options.items() if option in known}})
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split()).replace('"config.', '"')) from error
 
@@ -97,8 +121,16 @@ def fingerprint(model: Tokenizer | Prior) -> str:
 
 
 def save_model(model: Tokenizer | Prior, folder: Path | str) -> None:
-    """Writes a model folder; an existing one is replaced only once the new one is complete."""
+    """Writes a model folder; an existing one is replaced only once the new one is complete.
+
+    Raises:
+        ValueError: the folder holds other files too, which replacing it would delete.
+    """
     folder = Path(folder)
+    if folder.is_dir():
+        others = sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME, MANIFEST})
+        if others:
+            raise ValueError(f"{folder} holds other files than a model's ({', '.join(others[:3])}); name a new folder")
     with atomic_folder(folder, overwrite=True) as temporary:
         write_json_atomic(temporary / CONFIG_NAME, model_config(model))
         _save_tensors(model.state_dict(), temporary / WEIGHTS_NAME)
@@ -118,21 +150,61 @@ def load_prior(folder: Path | str) -> Prior:
     return _load(Path(folder), build_prior)
 
 
+def load_pretrained(model_class: type, path_or_id: Path | str, **download_options) -> Tokenizer | Prior:
+    """The model of a model folder or hub repository, which must be a `model_class`; see `Tokenizer.from_pretrained`."""
+    folder = resolve_folder(path_or_id, **download_options)
+    model = load_tokenizer(folder) if issubclass(model_class, Tokenizer) else load_prior(folder)
+    if not isinstance(model, model_class):
+        raise ValueError(f"{folder} holds a {type(model).__name__}, not a {model_class.__name__}")
+    return model
+
+
 def _load(folder: Path, build) -> nn.Module:
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} is not a model folder: it has no {CONFIG_NAME}")
     config = read_json(folder / CONFIG_NAME)
     weights = folder / WEIGHTS_NAME
+    found = _read_header(weights)
     try:
         _check_sizes(config)
-        with torch.device("meta"):  # shapes without memory
-            expected = {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
-    _check_weights(weights, expected)
+        with torch.device("meta"), _parameters_at_most(2 * len(found) + 100):  # shapes without memory
+            expected = build(config).state_dict()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # constructors given nonsense
+        raise ValueError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())[:500]}") from error
+    _check_weights(weights, found, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    if (folder / MANIFEST).is_file():
+        check_manifest(folder)  # safetensors does not see a bit that flipped in the data
+    # A copy in memory: the file's own pages are not aligned, and change with the file
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+    for name, tensor in tensors.items():
+        dtype = expected[name].dtype
+        if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
+            raise ValueError(f"{weights}: {name} holds {tensor.dtype}, it must be {dtype}")
     model = build(config)
-    model.load_state_dict(load_file(weights))
+    model.load_state_dict(tensors, assign=True)  # keeps the precision in which it was saved
     return model.eval()
+
+
+@contextmanager
+def _parameters_at_most(limit: int) -> Iterator[None]:
+    """Ends the building of a model by a ValueError once it has more parameters than `limit`.
+
+    A thousand million layers take time and memory even where their weights take none.
+    """
+    thread, count = threading.get_ident(), 0
+
+    def check(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        if threading.get_ident() == thread:
+            count += 1
+            if count > limit:
+                raise ValueError(f"the configuration asks for far more layers than {WEIGHTS_NAME} has weights for")
+
+    handle = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_sizes(value, key: str = "config") -> None:
@@ -146,8 +218,7 @@ def _check_sizes(value, key: str = "config") -> None:
         raise ValueError(f"{key} = {value} is beyond the limit of {LARGEST_SIZE}")
 
 
-def _check_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    found = {name: shape for name, (shape, _) in _read_header(path).items()}
+def _check_weights(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
     problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     problems += [
@@ -160,13 +231,13 @@ def _check_weights(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"{path} does not belong to its {CONFIG_NAME}: {'; '.join(problems[:5])}{more}")
 
 
-def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a weights file."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         with path.open("rb") as file:
             start = file.read(64).lstrip().lower()
@@ -179,11 +250,15 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    path.touch()  # with the mode that the umask says; safetensors makes it 0600
+    mode = path.stat().st_mode
     # safetensors takes neither views of one storage nor other memory formats
     save_file(
         {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
         path,
+        metadata={"format": "pt"},  # transformers asks for it
     )
+    path.chmod(mode)
 
 
 def resolve_folder(path_or_id: str | Path, **download_options) -> Path:
@@ -212,7 +287,7 @@ def resolve_folder(path_or_id: str | Path, **download_options) -> Path:
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], info: dict, keep: int = 2) -> Path:
-    """Writes `folder/step-XXXXXXXX` atomically, then removes all but the newest `keep` states.
+    """Writes `folder/step-XXXXXXXX` atomically, then removes all but it and the `keep` - 1 before it.
 
     Args:
         tensors: file name -> named tensors.
@@ -229,7 +304,8 @@ def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], i
         for name, group in tensors.items():
             _save_tensors(group, temporary / f"{name}.safetensors")
         write_json_atomic(temporary / "state.json", {"step": step, **info})
-    for old in _states(folder)[keep:]:
+    # Later ones are damaged, or training would have continued from them; they must not count as kept
+    for old in [state for state in _states(folder) if _step(state) < step][keep - 1 :]:
         shutil.rmtree(old)
     return final
 
@@ -253,4 +329,8 @@ def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
 
 def _states(folder: Path) -> list[Path]:
     """Complete-looking states, newest first."""
-    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), reverse=True)
+    return sorted((p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name)), key=_step, reverse=True)
+
+
+def _step(state: Path) -> int:
+    return int(state.name.removeprefix("step-"))

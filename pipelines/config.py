@@ -1,6 +1,7 @@
 """Dataclasses <-> YAML <-> command line, through jsonargparse; unknown names are answered with the nearest one."""
 
 import argparse
+import difflib
 import inspect
 import re
 from dataclasses import MISSING, fields
@@ -30,8 +31,9 @@ class Parser(ArgumentParser):
 def explain(message: str, known: list[str]) -> str:
     """A parser's message on one line, with the nearest known name where the message is about an unknown one."""
     message = " ".join(message.split())
-    if found := re.search(r"unrecognized arguments: (?:--)?([\w.-]+)", message):
-        return f"unknown field '{found[1]}'{_nearest_field(found[1], known)}"
+    if found := re.search(r"unrecognized arguments: (?:--)?([\w.-]+)|Option '([\w.]+)' is not accepted", message):
+        name = found[1] or found[2]
+        return f"unknown field '{name}'{_nearest_field(name, known)}"
     if found := re.search(
         r"(?:Group '([\w.]+)' does not accept|does not accept) (?:option|nested key) '([\w.]+)'", message
     ):
@@ -48,12 +50,12 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def _nearest_field(name: str, known: list[str]) -> str:
-    # compared by the last part too: 'learning_rate' alone should lead to 'training.learning_rate'
-    leaf = name.rsplit(".", 1)[-1]
-    for full in known:
-        if full.rsplit(".", 1)[-1] == leaf and full != name:
-            return f"; did you mean '{full}'?"
-    return nearest_known(name, known).split(" (known:")[0] + "; --help lists every field"
+    # Compared without the section: 'learning_rate' alone should lead to 'training.learning_rate'
+    section, _, field = name.rpartition(".")
+    close = difflib.get_close_matches(field, {full.rpartition(".")[2] for full in known}, cutoff=0.65)
+    found = [full for near in close for full in known if full.rpartition(".")[2] == near]
+    found.sort(key=lambda full: full.rpartition(".")[0] != section)  # the same section first
+    return f"; did you mean '{found[0]}'? --help lists every field" if found else "; --help lists every field"
 
 
 class Polymorphic:
@@ -90,9 +92,12 @@ def parse(
     Exits:
         with status 2 and one line on standard error for an unknown field or value; with 0 after --help.
     """
-    parser = Parser(description=description, default_env=False)
+    parser = Parser(description=description, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of any of the fields below")
-    chosen = _chosen_types(argv)
+    try:
+        chosen = _chosen_types(argv, sections)
+    except ValueError as error:  # a broken file
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     parser.add_class_arguments(options)
     for name, section in sections.items():
         try:
@@ -140,24 +145,54 @@ def _implied_arguments(cls: type) -> set[str]:
 def peek(name: str, argv: list[str] | None = None) -> str | None:
     """The value of --name, for a script whose defaults depend on it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument(f"--{name}", dest="value")
+    first.add_argument(f"--{name}", dest="value", nargs="?")  # that a value is missing is the parser proper's to say
     return first.parse_known_args(argv)[0].value
 
 
-def _chosen_types(argv: list[str] | None) -> dict[str, str]:
+def _chosen_types(argv: list[str] | None, sections: dict) -> dict[str, str]:
     """The types named in the YAML file and on the command line, which decide what fields there are."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", action="append", default=[])
+    first.add_argument("--config", action="append", nargs="?", default=[])
     known, rest = first.parse_known_args(argv)
     chosen: dict[str, str] = {}
     for path in known.config:
-        if Path(path).is_file():  # a missing file is reported by the parser proper
-            _collect_types(yaml.safe_load(Path(path).read_text()) or {}, "", chosen)
+        if path is not None and Path(path).is_file():  # a missing file is reported by the parser proper
+            values = read_yaml(path)
+            _check_sections(values, sections, f"{path}: ")
+            _collect_types(values, "", chosen)
     for position, argument in enumerate(rest):
-        if found := re.fullmatch(r"--([\w.]+)\.type(?:=(.*))?", argument):
-            value = found[2] if found[2] is not None else next(iter(rest[position + 1 :]), "")
-            chosen[found[1]] = value
+        if found := re.fullmatch(r"--([\w.]+?)(\.type)?(?:=(.*))?", argument, re.DOTALL):
+            value = found[3] if found[3] is not None else next(iter(rest[position + 1 :]), "")
+            if found[2]:
+                chosen[found[1]] = value
+            elif found[1].split(".")[0] in sections and value.lstrip().startswith("{"):  # --section '{type: name}'
+                _collect_types(_yaml(value, argument), found[1], chosen)
+            elif found[1] in sections:
+                _check_sections({found[1]: value}, sections, "--")
     return chosen
+
+
+def _check_sections(values: dict, sections: dict, where: str) -> None:
+    """The parser would pass over a section that is a number."""
+    for name in sections:
+        if name in values and not isinstance(values[name], dict):
+            raise ValueError(f"{where}{name} must hold fields and their values, got {values[name]!r}")
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The fields of a YAML file. Raises ValueError, naming the file, where it holds something else."""
+    values = _yaml(Path(path).read_bytes(), path)
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ValueError(f"{path} must hold fields and their values, it holds {found}")
+    return values
+
+
+def _yaml(text: str | bytes, where: str | Path):
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _collect_types(values, key: str, chosen: dict[str, str]) -> None:

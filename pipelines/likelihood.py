@@ -23,7 +23,7 @@ def evaluate_likelihood(pipeline, dataset, *, batch_size: int = 128, progress: b
 
     Returns:
         nats (of -log p(x)) and its parts: distortion_nats of p(x | z), rate_nats of p(z); bits_per_dim;
-        standard errors of both (`_se`); prior_nats_per_code (given the class, where there is one); num_images.
+        standard errors of both (`_se`), where there is more than one image; prior_nats_per_code (given the class, where there is one); num_images.
     """
     tokenizer, prior, device = pipeline.tokenizer, pipeline.prior, pipeline.device
     columns: dict[str, list[Tensor]] = {"distortion": [], "rate": [], "conditional": []}
@@ -31,19 +31,21 @@ def evaluate_likelihood(pipeline, dataset, *, batch_size: int = 128, progress: b
         keys = list(range(start, min(start + batch_size, len(dataset))))
         batch = dataset.collate(dataset.__getitems__(keys))
         images = batch["image"].to(device)
-        codes = tokenizer.encode(images)
+        codes = tokenizer.encode(images.to(pipeline.dtype))
         conditional, marginal = prior_log_prob(prior, codes, batch["label"].to(device))
         columns["distortion"].append(tokenizer.nll(images, codes).double())
         columns["rate"].append(-marginal.double())
         columns["conditional"].append(-conditional.double())
     distortion, rate, conditional = (torch.cat(column) for column in columns.values())
     num_dims = math.prod(tokenizer.config.image_shape)
-    nats, error = _mean_and_error(distortion + rate)
+    nats, errors = (distortion + rate).mean().item(), {}
+    if len(distortion) > 1:
+        nats_se = standard_error(distortion + rate)
+        errors = {"nats_se": nats_se, "bits_per_dim_se": bits_per_dim(nats_se, num_dims)}
     return {
         "nats": nats,
-        "nats_se": error,
         "bits_per_dim": bits_per_dim(nats, num_dims),
-        "bits_per_dim_se": bits_per_dim(error, num_dims),
+        **errors,
         "distortion_nats": distortion.mean().item(),
         "rate_nats": rate.mean().item(),
         "prior_nats_per_code": conditional.mean().item() / prior.spec.length,
@@ -70,6 +72,6 @@ def prior_log_prob(prior: Prior, codes: Codes, labels: Tensor) -> tuple[Tensor, 
     return conditional, of_class.logsumexp(dim=0) - math.log(prior.num_classes)
 
 
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return values.mean().item(), error
+def standard_error(values: Tensor) -> float:
+    """Of the mean of independent values."""
+    return values.std().item() / math.sqrt(len(values))

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
 import yaml
 
-from pipelines.config import differences
+from pipelines.config import differences, read_yaml
 from pipelines.files import atomic_file
 from pipelines.images import DataConfig, ImageDataset, load_images
 from tokenizer.base import Tokenizer
@@ -25,6 +26,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:
@@ -55,7 +58,10 @@ def saved_data_section(run: Path) -> dict:
     path = run / "stage_one" / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{path} is missing: {run} does not say which data its tokenizer was trained on")
-    return {"data": yaml.safe_load(path.read_text())["data"]}
+    config = read_yaml(path)
+    if not isinstance(config.get("data"), dict):
+        raise ValueError(f"{path} has no section 'data'")
+    return {"data": config["data"]}
 
 
 def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str) -> ImageDataset:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -439,12 +440,12 @@ class _Run:
                     self._save()
                 if stopped:
                     bar.close()
-                    accelerator.end_training()
+                    self._finish_trackers()
                     accelerator.print(f"stopped by signal {stop.signal_number} at step {progress.step}, state saved; "
                                       "run the same command to go on")  # fmt: skip
                     raise SystemExit(128 + stop.signal_number)
             bar.close()
-            accelerator.end_training()
+            self._finish_trackers()
         steps_run = max(0, config.total_steps - start_step)
         return FitResult(progress.best_step, progress.best_metrics, self._best_weights(), steps_run)
 
@@ -460,7 +461,10 @@ class _Run:
         for update in self.updates:
             if self.config.compile:
                 update.module.model.compile()
-            update.module, update.optimizer = self.accelerator.prepare(update.module, update.optimizer)
+            with warnings.catch_warnings():
+                # torch's new name for broadcast_buffers is not known to accelerate 1.15
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+                update.module, update.optimizer = self.accelerator.prepare(update.module, update.optimizer)
             self.emas.append(EMA(update.module, self.config.ema_decay))
             self.schedulers.append(
                 get_scheduler(
@@ -662,6 +666,11 @@ class _Run:
                     for name, (_, new) in differences({}, self.resolved).items()}  # fmt: skip
             self.accelerator.init_trackers("tessera", config=flat)
 
+    def _finish_trackers(self) -> None:
+        # accelerator.end_training would also take down the processes' connection, which codes are written over
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     def _log(self, step: int, values: dict[str, float]) -> None:
         if not values:
             return
@@ -759,6 +768,8 @@ def _set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 def _get_optimizer(update: Update) -> tuple[dict[str, Tensor], list[dict]]:
     whole = get_optimizer_state_dict(update.module, update.optimizer.optimizer, options=_WHOLE)
+    if not whole:  # only the main process holds a gathered state
+        return {}, []
     tensors = {f"{name}/{key}": value for name, state in whole["state"].items() for key, value in state.items()}
     return tensors, whole["param_groups"]
 

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Number
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ class Pipeline:
         write_json_atomic(
             folder / INDEX_NAME,
             {
-                "_class_name": "Pipeline",
+                "_class_name": Pipeline.__name__,
                 "_tessera_version": library_version(),
                 "tokenizer": ["tokenizer", type(self.tokenizer).__name__],
                 "prior": ["prior", type(self.prior).__name__] if self.has_stage_two else [None, None],
@@ -139,11 +140,11 @@ class Pipeline:
     # Use
     # --------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self,
         num_images: int | None = None,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -166,6 +167,8 @@ class Pipeline:
             ValueError: an argument out of range, or an option that the prior cannot honour.
         """
         _check_output_type(output_type)
+        if hasattr(class_labels, "tolist"):  # tensors and arrays
+            class_labels = class_labels.tolist()
         if num_images is None:
             several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
             num_images = len(class_labels) if several else 1
@@ -199,12 +202,12 @@ class Pipeline:
 
     __call__ = sample
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, images) -> Codes:
         """Codes of PIL images (prepared as in training), or of a (B, C, H, W) tensor in [0, 1]."""
         return self.tokenizer.encode(self._images(images))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, codes: Codes, *, generator: torch.Generator | None = None, output_type: str = "pil"):
         """Images of codes; see `sample` for `output_type`."""
         _check_output_type(output_type)
@@ -245,6 +248,8 @@ class Pipeline:
         for label in labels:
             if isinstance(label, str) and label not in self.class_names:
                 raise ValueError(f"unknown class '{label}' (known: {', '.join(self.class_names) or 'none has a name'})")
+            if not isinstance(label, (str, Integral)) or isinstance(label, bool):
+                raise ValueError(f"a class label is a number or a name, got {label!r}")
         return [self.class_names.index(label) if isinstance(label, str) else int(label) for label in labels]
 
     def _labels(self, class_labels, num_images: int, generators: list[torch.Generator]) -> Tensor | None:
@@ -253,10 +258,8 @@ class Pipeline:
                 return None
             draws = [torch.randint(self.prior.num_classes, (), generator=g, device=g.device).item() for g in generators]
             return torch.tensor(draws)
-        if isinstance(class_labels, (int, str)):
+        if isinstance(class_labels, (str, Number)):
             class_labels = [class_labels] * num_images
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.tolist()
         if len(class_labels) != num_images:
             raise ValueError(f"got {len(class_labels)} class labels for {num_images} images: give one, or one each")
         return torch.tensor(self.label_ids(class_labels))
@@ -265,11 +268,18 @@ class Pipeline:
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, Tensor):
+            if not images or not all(isinstance(image, Image.Image) for image in images):
+                raise ValueError("images must be PIL images, or one tensor (batch, channels, height, width)")
             preprocessing = self.tokenizer.config.preprocessing
             images = torch.stack([preprocess_image(image, preprocessing) for image in images])
-        images = images.to(self.device, self.dtype)
         self.tokenizer.check_images(images)
-        return images
+        if not images.is_floating_point() or not ((images >= 0) & (images <= 1)).all():
+            raise ValueError(f"image tensors must be floating-point in [0, 1], got {images.dtype} {_range(images)}")
+        return images.to(self.device, self.dtype)
+
+
+def _range(images: Tensor) -> str:
+    return f"from {images.min().item():.5g} to {images.max().item():.5g}" if images.numel() else "(empty)"
 
 
 def check_belongs(prior: Prior, tokenizer: Tokenizer) -> None:
@@ -328,12 +338,15 @@ def _read_index(folder: Path) -> dict:
     if not (folder / INDEX_NAME).is_file():
         raise ValueError(f"{folder} is not a pipeline: it has no {INDEX_NAME}. Did stage one finish?")
     index = read_json(folder / INDEX_NAME)
+    if index.get("_class_name") != Pipeline.__name__:
+        raise ValueError(f"{folder / INDEX_NAME} describes a {index.get('_class_name')!r}, not a {Pipeline.__name__}")
     expected = {"tokenizer": list, "prior": list, "id2label": dict, "metrics": dict}
     for key, kind in expected.items():
         if not isinstance(index.get(key), kind):
             raise ValueError(f"{folder / INDEX_NAME}: '{key}' must be a {kind.__name__}, got {index.get(key)!r}")
-    if not all(key.isdecimal() for key in index["id2label"]):
-        raise ValueError(f"{folder / INDEX_NAME}: the keys of 'id2label' must be class numbers")
+    names = index["id2label"]
+    if set(names) != {str(i) for i in range(len(names))} or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{folder / INDEX_NAME}: 'id2label' must give a name to each of the classes 0, 1, 2, ...")
     return index
 
 

@@ -139,6 +139,19 @@ class Prior(nn.Module, ABC):
         self.spec = config.spec
         self.num_classes = config.num_classes
 
+    @classmethod
+    def from_pretrained(cls, path_or_id: str, **download_options) -> "Prior":
+        """Loads a model folder or hub repository. Raises ValueError if it is damaged, or holds another class."""
+        from pipelines.checkpoint import load_pretrained  # here alone, for the hand's habit: models know no files
+
+        return load_pretrained(cls, path_or_id, **download_options)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes a model folder: config.json and model.safetensors."""
+        from pipelines.checkpoint import save_model
+
+        save_model(self, folder)
+
     def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Named training losses whose sum is minimised: here the negative log-likelihood in nats per code."""
         return {"nll": -self.log_prob(codes, labels).mean() / self.spec.length}

@@ -466,8 +466,12 @@ from accelerate import Accelerator
 accelerator = Accelerator()
 assert accelerator.num_processes == 2
 for count in (9, 10, 33):
-    store = test_codes.dump(Path(sys.argv[1]) / str(count), test_codes.digits(count), accelerator=accelerator)
+    tokenizer = test_codes.PatchTokenizer()
+    folder, images = Path(sys.argv[1]) / str(count), test_codes.digits(count)
+    store = test_codes.dump(folder, images, tokenizer, accelerator=accelerator)
     assert len(store) == count
+# four parts of 3, 3, 3 and 1 batches, dealt in turn
+assert len(tokenizer.modes) == (6, 4)[accelerator.process_index]
 try:
     test_codes.dump(Path(sys.argv[1]) / "9", test_codes.digits(9), accelerator=accelerator, fingerprint="other")
 except ValueError as error:

@@ -57,8 +57,8 @@ class Codes(torch.utils.data.Dataset):
         return batch
 
 
-def make(model: str, config: TrainingConfig = CONFIG):
-    """(objective, training data, validation data) of a tiny model."""
+def make(model: str, config: TrainingConfig = CONFIG, noise: bool = True):
+    """(objective, training data, validation data) of a tiny model, with or without dropout."""
     torch.manual_seed(config.seed)
     name, _, quantizer = model.partition("-")
     if name in tiny.TOKENIZERS:
@@ -67,14 +67,15 @@ def make(model: str, config: TrainingConfig = CONFIG):
         if quantizer:
             options["quantizer"] = {"type": quantizer, **tiny.QUANTIZERS[quantizer]}
         return TokenizerLoss(build_tokenizer({"type": name, **options})), train, validation
-    dropout = {"dropout": 0.3, "class_dropout": 0.3, "num_classes": 2, "spec": Codes.spec}
-    return PriorLoss(build_prior({"type": name, **tiny.PRIORS[name], **dropout})), Codes(), Codes()
+    dropout = dict.fromkeys(("dropout", "class_dropout"), 0.3 if noise else 0.0)
+    options = {**tiny.PRIORS[name], **dropout, "num_classes": 2, "spec": Codes.spec}
+    return PriorLoss(build_prior({"type": name, **options})), Codes(), Codes()
 
 
 def train(model: str, folder, config: TrainingConfig = CONFIG, on_evaluate=None, change=lambda objective: None):
     objective, train_data, validation_data = make(model, config)
     change(objective)
-    resolved = {"model": model, "training": {k: v for k, v in vars(config).items()}}
+    resolved = {"model": model, "training": dict(vars(config))}
     return fit(
         make_accelerator(config, folder),
         [Update("model", objective, adamw(objective, config))],

@@ -58,6 +58,19 @@ class Tokenizer(nn.Module, ABC):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def from_pretrained(cls, path_or_id: str, **download_options) -> "Tokenizer":
+        """Loads a model folder or hub repository. Raises ValueError if it is damaged, or holds another class."""
+        from pipelines.checkpoint import load_pretrained  # here alone, for the hand's habit: models know no files
+
+        return load_pretrained(cls, path_or_id, **download_options)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes a model folder: config.json and model.safetensors."""
+        from pipelines.checkpoint import save_model
+
+        save_model(self, folder)
+
     @abstractmethod
     def forward(self, images: Tensor, step: int | None = None) -> TokenizerOutput:
         """Reconstructs and scores; `step` drives annealing schedules, None means fully annealed."""

@@ -1,0 +1,32 @@
+"""Trains tiny models under a launcher and writes what each process ends with; see test_distributed.py."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from pipelines.training import Update, adamw, fit, make_accelerator
+from tests.test_training import CONFIG, make
+
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=Path)
+parser.add_argument("models", nargs="+")
+parser.add_argument("--total_steps", type=int, default=6)
+parser.add_argument("--allow", action="store_true")
+parser.add_argument("--fail_on", type=int)
+arguments = parser.parse_args()
+
+config = replace(CONFIG, total_steps=arguments.total_steps, allow_process_count_change=arguments.allow,
+                 lr_schedule="constant_with_warmup")  # fmt: skip
+for model in arguments.models:
+    folder = arguments.folder / model
+    accelerator = make_accelerator(config, folder)
+    if PartialState().process_index == arguments.fail_on:
+        raise RuntimeError("asked to fail")
+    objective, train_data, validation_data = make(model, config, noise=False)
+    update = Update("model", objective, adamw(objective, config))
+    fit(accelerator, [update], train_data, validation_data, folder=folder, config=config, resolved={"model": model})
+    tensors = {name: value.clone() for name, value in objective.state_dict().items()}
+    save_file(tensors, arguments.folder / f"{model}-process{accelerator.process_index}.safetensors")

@@ -1,0 +1,214 @@
+"""Configuration: dataclasses, YAML and the command line say the same, and what is not known is answered helpfully."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.checkpoint import build_prior, build_tokenizer
+from pipelines.config import Polymorphic, differences, parse, peek, plain
+from pipelines.images import DataConfig
+from pipelines.runs import find_run, save_config, saved_data_section
+from pipelines.training import TrainingConfig
+from prior import PRIORS
+from tests import tiny
+from tokenizer import TOKENIZERS
+
+
+@dataclass
+class Options:
+    """The run.
+
+    Args:
+        output: where the run goes.
+    """
+
+    output: str | None = None
+
+
+SECTIONS = {
+    "data": DataConfig,
+    "tokenizer": Polymorphic(TOKENIZERS, "vqvae"),
+    "prior": Polymorphic(PRIORS, "gpt"),
+    "training": TrainingConfig,
+}
+
+
+def read(*argv: str) -> dict:
+    return parse("A script.", SECTIONS, Options, list(argv))
+
+
+def yaml_file(folder, text: str) -> str:
+    (folder / "a.yaml").write_text(text)
+    return str(folder / "a.yaml")
+
+
+def refusal(capsys, *argv: str) -> str:
+    """The message that `argv` is refused with: one line, exit status 2."""
+    with pytest.raises(SystemExit) as exit_:
+        read(*argv)
+    message = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message.count("\n") == 1
+    return message
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    config = read()
+    assert config["data"] == plain({field.name: field.default for field in fields(DataConfig)})
+    assert TrainingConfig(**config["training"]) == TrainingConfig()
+    assert config["tokenizer"]["quantizer"]["codebook_size"] == 512
+    assert config["output"] is None
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_parsed_defaults_build_the_model_that_its_own_defaults_build(name):
+    implied = {"image_shape": (3, 32, 32)}
+    config = build_tokenizer({**read(f"--tokenizer.type={name}")["tokenizer"], **implied}).config
+    default = TOKENIZERS[name].Config(**implied)
+    assert config.quantizer.items() >= default.quantizer.items()
+    assert {f.name: getattr(config, f.name) for f in fields(config) if f.name not in TOKENIZERS[name].parts} == {
+        f.name: getattr(default, f.name) for f in fields(default) if f.name not in TOKENIZERS[name].parts
+    }
+
+
+@pytest.mark.parametrize("name", sorted(PRIORS))
+def test_parsed_prior_defaults_are_its_own(name):
+    implied = {"spec": tiny.SPECS["map"]}
+    assert build_prior({**read(f"--prior.type={name}")["prior"], **implied}).config == PRIORS[name].Config(**implied)
+
+
+def test_the_command_line_overrides_yaml_which_overrides_defaults(tmp_path):
+    path = yaml_file(tmp_path, "data: {name: MNIST, channels: 1}\ntokenizer: {latent_dim: 8}\n")
+    config = read("--config", path, "--data.name", "CIFAR10")
+    assert (config["data"]["name"], config["data"]["channels"]) == ("CIFAR10", 1)
+    assert (config["tokenizer"]["latent_dim"], config["tokenizer"]["downsample_factor"]) == (8, 4)
+
+
+def test_a_section_has_the_fields_of_its_chosen_type(tmp_path, capsys):
+    path = yaml_file(tmp_path, "tokenizer: {type: vqvae2, quantizer: {type: vq}}\n")
+    from_yaml = read("--config", path)
+    from_line = read("--tokenizer.type", "vqvae2", "--tokenizer.quantizer.type=vq")
+    from_value = read("--tokenizer", "{type: vqvae2, quantizer: {type: vq}}")
+    assert from_yaml == from_line == from_value
+    assert "downsample_factors" in from_yaml["tokenizer"]
+    assert "downsample_factor" not in from_yaml["tokenizer"]
+    assert "decay" not in from_yaml["tokenizer"]["quantizer"]
+    assert "unknown field 'prior.kernel_size'" in refusal(capsys, "--prior.kernel_size", "3")
+    assert read("--prior.type=pixelcnn", "--prior.kernel_size=3")["prior"]["kernel_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data.nmae", "x"], "unknown field 'data.nmae'; did you mean 'data.name'?"),
+        (["--learning_rate", "1"], "unknown field 'learning_rate'; did you mean 'training.learning_rate'?"),
+        (["--tokenizer.laten", "3"], "unknown field 'tokenizer.laten'; did you mean 'tokenizer.latent_dim'?"),
+        (["--tokenizer.type", "vqvea"], "unknown tokenizer 'vqvea'; did you mean 'vqvae'?"),
+        (["--tokenizer.quantizer.type=ema"], "unknown quantizer 'ema'"),
+        (["--data.binarize", "treshold"], "unknown value 'treshold' for data.binarize; did you mean 'threshold'?"),
+        (["--tokenizer.latent_dim", "many"], '"tokenizer.latent_dim": Expected a <class \'int\'>. Got value: many'),
+        (["--tokenizer.image_shape", "[3, 8, 8]"], "unknown field 'tokenizer.image_shape'"),
+        (["--data", "3"], "--data must hold fields and their values, got '3'"),
+        (["--config"], "argument --config: expected one argument"),
+        (["--config", "nowhere.yaml"], "File does not exist"),
+        (["folder"], "unknown field 'folder'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_argument_is_refused_on_one_line_with_the_nearest_known(argv, message, capsys):
+    assert message in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {nmae: x}", "unknown field 'data.nmae'; did you mean 'data.name'?"),
+        ("dat: {name: x}", "unknown field 'dat.name'; did you mean 'data.name'?"),
+        ("tokenizer: {quantizer: {codebok_size: 3}}", "did you mean 'tokenizer.quantizer.codebook_size'?"),
+        ("data: 3", "data must hold fields and their values, got 3"),
+        ("- data", "must hold fields and their values, it holds a list"),
+        ("", "must hold fields and their values, it holds nothing"),
+        ("data: [1,", "a.yaml is not valid YAML"),
+    ],
+)
+def test_a_wrong_yaml_file_is_refused_on_one_line(text, message, tmp_path, capsys):
+    assert message in refusal(capsys, "--config", yaml_file(tmp_path, text))
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        read("--help")
+    text = capsys.readouterr().out
+    assert exit_.value.code == 0
+    config = read()
+    assert "--output" in text
+    for section in SECTIONS:
+        for field in config[section]:
+            assert f"--{section}.{field}" in text
+    assert "--tokenizer.quantizer.codebook_size" in text
+    assert "--tokenizer.image_shape" not in text  # implied by the data
+
+
+def test_a_saved_configuration_reads_back_as_it_was(tmp_path):
+    config = read("--tokenizer.type=vqvae2", "--data.image_size=[8, 12]", "--training.learning_rate=1e-05",
+                  "--prior.type=pixelcnn", "--output=a ä #b")  # fmt: skip
+    save_config(tmp_path / "run" / "config.yaml", config)
+    assert read("--config", str(tmp_path / "run" / "config.yaml")) == config
+
+
+def test_a_run_remembers_the_data_of_its_tokenizer(tmp_path):
+    config = read("--data.name=MNIST")
+    save_config(tmp_path / "stage_one" / "config.yaml", config)
+    again = parse("", SECTIONS, Options, [], defaults=saved_data_section(tmp_path))
+    assert again["data"] == config["data"]
+    (tmp_path / "stage_one" / "config.yaml").write_text("a: 1")
+    with pytest.raises(ValueError, match="has no section 'data'"):
+        saved_data_section(tmp_path)
+
+
+def test_the_newest_run_is_found_unless_one_is_named(tmp_path):
+    import os
+
+    for age, name in enumerate(["new", "old"]):
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        (tmp_path / name / "tokenizer" / "config.json").touch()
+        os.utime(tmp_path / name / "tokenizer" / "config.json", (1000 - age, 1000 - age))
+    assert find_run(None, "tokenizer/config.json", tmp_path) == tmp_path / "new"
+    assert find_run(str(tmp_path / "old"), "tokenizer/config.json", tmp_path) == tmp_path / "old"
+    with pytest.raises(ValueError, match=r"has no model_index\.json"):
+        find_run(str(tmp_path / "old"), "model_index.json", tmp_path)
+    with pytest.raises(ValueError, match="no run under"):
+        find_run(None, "model_index.json", tmp_path)
+
+
+def test_peek_reads_one_value_and_leaves_complaints_to_the_parser():
+    assert peek("run", ["--x", "1", "--run", "a"]) == peek("run", ["--run=a"]) == "a"
+    assert peek("run", ["--running", "a"]) is peek("run", ["--run"]) is None
+
+
+SMALL = st.recursive(
+    st.integers(0, 2), lambda inner: st.dictionaries(st.sampled_from("ab"), inner, max_size=2), max_leaves=4
+)
+NESTED = st.dictionaries(st.sampled_from("ab"), SMALL, max_size=2)
+
+
+@given(NESTED, NESTED)
+def test_there_are_no_differences_exactly_where_two_configurations_are_equal(old, new):
+    assert (differences(old, new) == {}) == (old == new)
+
+
+def test_differences_name_the_field_and_both_values():
+    old, new = {"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "c": 2}, "d": 4}
+    assert differences(old, new) == {"a.b": (1, 3), "d": ("(absent)", 4)}
+
+
+def test_every_recipe_is_understood():
+    from pathlib import Path
+
+    for path in sorted((Path(__file__).parent.parent / "scripts" / "configs").glob("*.yaml")):
+        known = {name: SECTIONS[name] for name in SECTIONS}
+        config = parse("", known, Options, ["--config", str(path)])
+        assert differences(yaml.safe_load(path.read_text()), config).keys().isdisjoint({"data.name", "tokenizer.type"})

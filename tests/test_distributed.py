@@ -1,0 +1,61 @@
+"""Two real processes: equal to each other bit for bit, and to one process with the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+ROOT = WORKER.parents[1]
+MODELS = ["vqvae-ema_vq", "vqvae2", "gpt"]
+
+
+def run_worker(folder: Path, num_processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs the worker under torchrun (which starts two processes on CPUs, where accelerate's launcher starts one)."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, str(WORKER), str(folder), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of the runs of all models on one and on two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    for num_processes in (1, 2):
+        done = run_worker(folder / str(num_processes), num_processes, *MODELS)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_end_with_equal_weights_and_codebooks(runs, model):
+    first, second = (load_file(runs / "2" / f"{model}-process{rank}.safetensors") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_equal_one_with_the_same_global_batch(runs, model):
+    two, one = (load_file(runs / number / f"{model}-process0.safetensors") for number in ("2", "1"))
+    for name in one:
+        # sums in another order; Adam divides by small second moments
+        torch.testing.assert_close(one[name], two[name], atol=5e-5, rtol=1e-3, msg=name)
+
+
+def test_another_number_of_processes_is_refused_unless_allowed(runs):
+    done = run_worker(runs / "2", 1, "gpt", "--total_steps", "8")
+    assert done.returncode != 0
+    assert "trained on 2 processes and would continue on 1" in done.stderr
+    done = run_worker(runs / "2", 1, "gpt", "--total_steps", "8", "--allow")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_error_on_one_process_ends_the_job(runs, tmp_path):
+    done = run_worker(tmp_path, 2, "gpt", "--fail_on", "1")
+    assert done.returncode != 0
+    assert "asked to fail" in done.stderr
