@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import get_args
 
 import torch
 from huggingface_hub import snapshot_download
@@ -75,6 +76,7 @@ def _typed(config_class: type, options: dict):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, "config")
     options = {key: asdict(value) if isinstance(value, CodeSpec) else value for key, value in options.items()}
+    _refuse_null(config_class, options)
     with _one_line_errors():
         return parser.instantiate(parser.parse_object({"config": options})).config
 
@@ -85,8 +87,16 @@ def _check_part(name: str, classes: dict[str, type], options: dict) -> None:
     known = [option for option, p in inspect.signature(cls).parameters.items() if p.default is not p.empty]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, name, skip=set(inspect.signature(cls).parameters) - set(known))
+    _refuse_null(cls, options)
     with _one_line_errors():
         parser.parse_object({name: {option: value for option, value in options.items() if option in known}})
+
+
+def _refuse_null(cls: type, options: dict) -> None:
+    """The parser takes None for "not given", whatever the type."""
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name in options and options[name] is None and type(None) not in get_args(parameter.annotation):
+            raise ValueError(f'"{name}" must not be null')
 
 
 @contextmanager

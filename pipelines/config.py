@@ -4,6 +4,8 @@ import argparse
 import difflib
 import inspect
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -77,7 +79,7 @@ def parse(
     options: type,
     argv: list[str] | None = None,
     *,
-    defaults: dict | None = None,
+    defaults: Callable[[], dict] = dict,
 ) -> dict:
     """Reads YAML and command line into one plain nested dict.
 
@@ -86,7 +88,8 @@ def parse(
         sections: name -> dataclass or `Polymorphic`.
         options: a dataclass of fields outside any section (--output and the like).
         argv: arguments; None takes those of the process.
-        defaults: {section: {field: value}} in place of the dataclasses' own defaults.
+        defaults: gives {section: {field: value}}, a recipe in place of the dataclasses' own defaults; what it says
+            of other types than those chosen is passed over. Not called for --help.
     Returns:
         {option: value, section: {field: value}} with every default filled in; made of what YAML can hold.
     Exits:
@@ -94,8 +97,9 @@ def parse(
     """
     parser = Parser(description=description, default_env=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of any of the fields below")
+    recipe = {} if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv) else defaults()
     try:
-        chosen = _chosen_types(argv, sections)
+        chosen = _chosen_types(argv, sections, recipe)
     except ValueError as error:  # a broken file
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     parser.add_class_arguments(options)
@@ -107,8 +111,8 @@ def parse(
                 parser.add_class_arguments(section, name)
         except ValueError as error:  # an unknown type
             parser.exit(2, f"{parser.prog}: error: {error}\n")
-    for name, values in (defaults or {}).items():
-        parser.set_defaults({f"{name}.{field}": value for field, value in values.items()})
+    known = parser.known_names()
+    parser.set_defaults({name: value for name, value in flatten(recipe).items() if name in known})
     parsed = parser.parse_args(argv).as_dict()
     del parsed["config"]
     return plain(parsed)
@@ -143,18 +147,29 @@ def _implied_arguments(cls: type) -> set[str]:
 
 
 def peek(name: str, argv: list[str] | None = None) -> str | None:
-    """The value of --name, for a script whose defaults depend on it."""
+    """The value of a field as the command line or the YAML file gives it, for defaults that depend on it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", dest="files", action="append", nargs="?", default=[])
     first.add_argument(f"--{name}", dest="value", nargs="?")  # that a value is missing is the parser proper's to say
-    return first.parse_known_args(argv)[0].value
+    known, _ = first.parse_known_args(argv)
+    files = [path for path in known.files if path is not None and Path(path).is_file()]
+    given = {key: value for path in files for key, value in flatten(read_yaml(path)).items()}
+    return given.get(name) if known.value is None else known.value
 
 
-def _chosen_types(argv: list[str] | None, sections: dict) -> dict[str, str]:
-    """The types named in the YAML file and on the command line, which decide what fields there are."""
+def has_config_file(argv: list[str] | None = None) -> bool:
+    """Whether --config is given."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return any(argument.split("=")[0] == "--config" for argument in arguments)
+
+
+def _chosen_types(argv: list[str] | None, sections: dict, defaults: dict) -> dict[str, str]:
+    """The types named in the defaults, the YAML file and on the command line, which decide what fields there are."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", nargs="?", default=[])
     known, rest = first.parse_known_args(argv)
     chosen: dict[str, str] = {}
+    _collect_types(defaults, "", chosen)
     for path in known.config:
         if path is not None and Path(path).is_file():  # a missing file is reported by the parser proper
             values = read_yaml(path)
@@ -214,13 +229,20 @@ def plain(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple]:
+def flatten(values: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value  # an empty one is a value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old: dict, new: dict) -> dict[str, tuple]:
     """{dotted field: (old value, new value)} wherever two nested dicts differ."""
-    found = {}
-    for key in sorted(set(old) | set(new)):
-        name, a, b = f"{prefix}{key}", old.get(key, MISSING), new.get(key, MISSING)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found.update(differences(a, b, f"{name}."))
-        elif a != b:
-            found[name] = tuple("(absent)" if value is MISSING else value for value in (a, b))
-    return found
+    old, new = flatten(old), flatten(new)
+    return {
+        name: (old.get(name, "(absent)"), new.get(name, "(absent)"))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, MISSING) != new.get(name, MISSING)
+    }

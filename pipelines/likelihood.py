@@ -22,8 +22,9 @@ def evaluate_likelihood(pipeline, dataset, *, batch_size: int = 128, progress: b
     For a class-conditional prior, p(z) is the average over the classes, p(z) = 1/Y sum_y p(z | y).
 
     Returns:
-        nats (of -log p(x)) and its parts: distortion_nats of p(x | z), rate_nats of p(z); bits_per_dim;
-        standard errors of both (`_se`), where there is more than one image; prior_nats_per_code (given the class, where there is one); num_images.
+        nats (of -log p(x)) and its parts: distortion_nats of p(x | z), rate_nats of p(z); bits_per_dim; standard
+        errors of both (`_se`), where there is more than one image; prior_nats_per_code (given the class, where there
+        is one); num_images.
     """
     tokenizer, prior, device = pipeline.tokenizer, pipeline.prior, pipeline.device
     columns: dict[str, list[Tensor]] = {"distortion": [], "rate": [], "conditional": []}

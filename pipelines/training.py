@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pipelines.checkpoint import load_state, newest_state, save_state
-from pipelines.config import differences
+from pipelines.config import differences, flatten
 from pipelines.files import folder_lock, write_json_atomic
 from pipelines.objectives import Objective
 
@@ -662,9 +662,10 @@ class _Run:
 
     def _start_trackers(self) -> None:
         if self.config.tracker != "none":
-            flat = {name: new if isinstance(new, (int, float, bool)) else str(new)
-                    for name, (_, new) in differences({}, self.resolved).items()}  # fmt: skip
-            self.accelerator.init_trackers("tessera", config=flat)
+            flat = flatten(self.resolved).items()
+            # TensorBoard takes neither lists nor None
+            scalars = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in flat}
+            self.accelerator.init_trackers("tessera", config=scalars)
 
     def _finish_trackers(self) -> None:
         # accelerator.end_training would also take down the processes' connection, which codes are written over

@@ -291,7 +291,7 @@ def check_belongs(prior: Prior, tokenizer: Tokenizer) -> None:
     if expected != found:
         raise ValueError(
             f"this prior was trained on the codes of tokenizer {expected or '(none recorded)'}, but the tokenizer "
-            f"given has fingerprint {found}. Train a prior on this tokenizer's codes, or take the tokenizer it came from"
+            f"given has fingerprint {found}; train a prior on this tokenizer's codes, or take the one it came from"
         )
     if prior.spec != tokenizer.spec:
         raise ValueError(f"the prior's code space {prior.spec} is not the tokenizer's, {tokenizer.spec}")

@@ -36,7 +36,7 @@ class GPTConfig(AutoregressiveConfig):
     hidden_dim: int = 128
     ffn_dim: int | None = None
     dropout: float = 0.1
-    positions: Literal["rotary", "rotary_2d", "learned"] = "rotary"
+    positions: Literal["rotary", "rotary_2d", "learned"] = "learned"
     rope_theta: float = 10_000.0
 
     def __post_init__(self):

@@ -18,7 +18,7 @@ from pipelines.evaluation import evaluate_pipeline, format_table
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.runs import find_run, load_images_for, run_script, saved_data_section
-from pipelines.two_stage import Pipeline
+from pipelines.two_stage import INDEX_NAME, Pipeline
 
 
 @dataclass
@@ -40,9 +40,13 @@ class Options:
     json: bool = False
 
 
+def data_of_the_run() -> dict:
+    return saved_data_section(find_run(peek("run"), INDEX_NAME))
+
+
 def main() -> None:
-    run = find_run(peek("run"), "model_index.json")
-    config = parse(__doc__, {"data": DataConfig}, Options, defaults=saved_data_section(run))
+    config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
+    run = find_run(config["run"], INDEX_NAME)
     device = config["device"] or torch.accelerator.current_accelerator() or "cpu"
     pipeline = Pipeline.from_pretrained(run, device=device)
     images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), config["split"])

@@ -17,6 +17,8 @@ from pipelines.images import DataConfig
 from pipelines.runs import find_run, load_images_for, run_script, saved_data_section
 from pipelines.training import TrainingConfig, make_accelerator
 
+TOKENIZER = "tokenizer/config.json"
+
 
 @dataclass
 class Options:
@@ -39,9 +41,13 @@ class Options:
     cpu: bool = False
 
 
+def data_of_the_run() -> dict:
+    return saved_data_section(find_run(peek("run"), TOKENIZER))
+
+
 def main() -> None:
-    run = find_run(peek("run"), "tokenizer/config.json")
-    config = parse(__doc__, {"data": DataConfig}, Options, defaults=saved_data_section(run))
+    config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
+    run = find_run(config["run"], TOKENIZER)
     output = Path(config["output"] or run / "codes" / config["split"])
     accelerator = make_accelerator(TrainingConfig(cpu=config["cpu"], tracker="none"), output)
 

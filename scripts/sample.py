@@ -1,7 +1,7 @@
 """Draws images from a saved pipeline and writes them as one PNG.
 
-    python scripts/sample.py --run runs/digits-vqvae --num_images 64 --temperature 0.9
-    python scripts/sample.py --run user/name --class_labels '[3, 7]' --output three_and_seven.png
+python scripts/sample.py --run runs/digits-vqvae --num_images 64 --temperature 0.9
+python scripts/sample.py --run user/name --class_labels '[3, 7]' --output three_and_seven.png
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from pipelines.config import parse
 from pipelines.pictures import save_grid
 from pipelines.runs import find_run, run_script
-from pipelines.two_stage import Pipeline
+from pipelines.two_stage import INDEX_NAME, Pipeline
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Options:
 def main() -> None:
     config = parse(__doc__, {}, Options)
     device = config["device"] or torch.accelerator.current_accelerator() or "cpu"
-    pipeline = Pipeline.from_pretrained(config["run"] or find_run(None, "model_index.json"), device=device)
+    pipeline = Pipeline.from_pretrained(config["run"] or find_run(None, INDEX_NAME), device=device)
     num_images = config["num_images"] or (None if config["class_labels"] else 64)
     images = pipeline.sample(
         num_images,

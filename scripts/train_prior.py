@@ -3,8 +3,9 @@
     accelerate launch scripts/train_prior.py
     accelerate launch scripts/train_prior.py --run runs/mnist-vqvae --prior.type pixelcnn
 
-Takes the newest run's codes when told nothing else, and makes its folder one that Pipeline.from_pretrained loads. The
-same command run again continues where it stopped.
+Takes the newest run's codes when told nothing else, and makes its folder one that Pipeline.from_pretrained loads. For
+codes of the embedded digits the defaults are those of scripts/configs/digits_gpt.yaml. The same command run again
+continues where it stopped.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ import torch
 
 from pipelines.checkpoint import build_prior, load_tokenizer, save_model
 from pipelines.codes import CodeDataset
-from pipelines.config import Polymorphic, parse
+from pipelines.config import Polymorphic, has_config_file, parse, peek, read_yaml
 from pipelines.objectives import PriorLoss
 from pipelines.pictures import save_samples
-from pipelines.runs import find_run, run_script, save_config
+from pipelines.runs import find_run, run_script, save_config, saved_data_section
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit, make_accelerator
 from pipelines.two_stage import check_codes_belong, save_stage_two
 from prior import PRIORS
+
+DIGITS_RECIPE = Path(__file__).parent / "configs" / "digits_gpt.yaml"
+CODES = "codes/train/spec.json"
 
 
 @dataclass
@@ -38,9 +42,15 @@ class Options:
     class_conditional: bool = True
 
 
+def recipe() -> dict:
+    data = saved_data_section(find_run(peek("run"), CODES))["data"]
+    return read_yaml(DIGITS_RECIPE) if not has_config_file() and data["name"] == "digits" else {}
+
+
 def main() -> None:
-    config = parse(__doc__, {"prior": Polymorphic(PRIORS, "gpt"), "training": TrainingConfig}, Options)
-    run = find_run(config["run"], "codes/train/spec.json")
+    sections = {"prior": Polymorphic(PRIORS, "gpt"), "training": TrainingConfig}
+    config = parse(__doc__, sections, Options, defaults=recipe)
+    run = find_run(config["run"], CODES)
     folder = Path(config["output"] or run)
     training = TrainingConfig(**config["training"])
     accelerator = make_accelerator(training, folder / "stage_two")

@@ -3,8 +3,9 @@
     accelerate launch scripts/train_tokenizer.py
     accelerate launch scripts/train_tokenizer.py --config scripts/configs/mnist_vqvae.yaml --training.total_steps 5000
 
-The same command run again continues where it stopped. The run folder receives tokenizer/, codes/train/,
-codes/validation/ and stage_one/ (log, pictures, states).
+Without --config and --data.name, the embedded digits with the recipe scripts/configs/digits_vqvae.yaml. The same
+command run again continues where it stopped. The run folder receives tokenizer/, codes/train/, codes/validation/ and
+stage_one/ (log, pictures, states).
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from pipelines.checkpoint import build_tokenizer, fingerprint, save_model
 from pipelines.codes import write_codes
-from pipelines.config import Polymorphic, parse
+from pipelines.config import Polymorphic, has_config_file, parse, peek, read_yaml
 from pipelines.images import DataConfig, load_images
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions
@@ -22,6 +23,8 @@ from pipelines.runs import RUNS, run_script, save_config
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit, make_accelerator
 from pipelines.two_stage import save_stage_one
 from tokenizer import TOKENIZERS
+
+DIGITS_RECIPE = Path(__file__).parent / "configs" / "digits_vqvae.yaml"
 
 
 @dataclass
@@ -35,9 +38,14 @@ class Options:
     output: str | None = None
 
 
+def recipe() -> dict:
+    on_digits = not has_config_file() and peek("data.name") in (None, "digits")
+    return read_yaml(DIGITS_RECIPE) if on_digits else {}
+
+
 def main() -> None:
     sections = {"data": DataConfig, "tokenizer": Polymorphic(TOKENIZERS, "vqvae"), "training": TrainingConfig}
-    config = parse(__doc__, sections, Options)
+    config = parse(__doc__, sections, Options, defaults=recipe)
     folder = Path(config["output"] or RUNS / f"{config['data']['name'].lower()}-{config['tokenizer']['type']}")
     training = TrainingConfig(**config["training"])
     accelerator = make_accelerator(training, folder / "stage_one")

@@ -1,0 +1,483 @@
+"""Laws of the pipeline: every tokenizer with every prior samples, saves, loads and samples the same again."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import Pipeline
+from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, save_model
+from pipelines.pictures import save_grid, save_reconstructions, save_samples, side_by_side
+from pipelines.two_stage import save_stage_one, save_stage_two
+from prior import PRIORS
+from tests import tiny
+from tokenizer import TOKENIZERS
+
+PREPROCESSING = {"image_size": [8, 8], "channels": 3, "resize_filter": "bicubic", "crop": "center", "binarize": "none"}
+NAMES = ["cat", "dog", "owl"]
+
+
+def make_tokenizer(name: str = "vqvae", **options):
+    return build_tokenizer({"type": name, **tiny.TOKENIZERS[name], "preprocessing": PREPROCESSING, **options})
+
+
+def make_prior(name: str, tokenizer, num_classes: int = 0):
+    implied = {"spec": tokenizer.spec, "num_classes": num_classes, "tokenizer_fingerprint": fingerprint(tokenizer)}
+    prior = build_prior({"type": name, **tiny.PRIORS[name], **implied})
+    with torch.no_grad():
+        for parameter in prior.parameters():  # decided enough for the samples to depend on every weight
+            parameter += 0.3 * torch.randn_like(parameter)
+    return prior
+
+
+def make(tokenizer: str = "vqvae", prior: str | None = "gpt", num_classes: int = 0, **options) -> Pipeline:
+    tokenizer = make_tokenizer(tokenizer, **options)
+    prior = prior and make_prior(prior, tokenizer, num_classes)
+    pipeline = Pipeline(tokenizer, prior, class_names=NAMES[:num_classes])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def reload(pipeline: Pipeline, folder, **options) -> Pipeline:
+    pipeline.save_pretrained(folder)
+    loaded = Pipeline.from_pretrained(folder, **options)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def seed(number: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [seed(number) for number in numbers]
+
+
+# Sampling
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+@pytest.mark.parametrize("prior", [None, *sorted(PRIORS)])
+@pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))
+def test_it_samples_the_same_after_saving_and_loading(tokenizer, prior, num_classes, tmp_path):
+    pipeline = make(tokenizer, prior, num_classes if prior else 0)
+    loaded = reload(pipeline, tmp_path / "a ä")
+    for output_type in ("pt", "codes"):
+        before = pipeline.sample(5, generator=seed(), output_type=output_type)
+        after = loaded.sample(5, generator=seed(), output_type=output_type)
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert type(loaded.prior) is type(pipeline.prior)
+    assert loaded.has_stage_two == (prior is not None)
+    assert not torch.equal(before[0], loaded.sample(5, generator=seed(1), output_type="codes")[0])
+
+
+@pytest.mark.parametrize("prior", [None, *sorted(PRIORS)])
+def test_an_image_depends_on_its_own_generator_alone(prior):
+    pipeline = make("vqvae2", prior, 3 if prior else 0)
+    together = pipeline.sample(5, generator=seeds(0, 1, 2, 3, 4), output_type="codes")
+    in_batches = pipeline.sample(5, generator=seeds(0, 1, 2, 3, 4), output_type="codes", batch_size=2)
+    alone = pipeline.sample(generator=seeds(3), output_type="codes")
+    for level, codes in enumerate(together):
+        assert torch.equal(in_batches[level], codes)
+        assert torch.equal(alone[level], codes[3:4])
+    with pytest.raises(ValueError, match="got 2 generators for 3 images"):
+        pipeline.sample(3, generator=seeds(0, 1))
+
+
+def test_one_generator_gives_the_same_images_whatever_the_batch_size():
+    pipeline = make(num_classes=3)
+    all_at_once = pipeline.sample(5, generator=seed(), output_type="pt")
+    torch.testing.assert_close(pipeline.sample(5, generator=seed(), output_type="pt", batch_size=2), all_at_once)
+
+
+def test_the_global_generator_is_left_alone_when_another_is_given():
+    pipeline = make(num_classes=3)
+    state = torch.get_rng_state()
+    pipeline.sample(2, generator=seed())
+    pipeline.reconstruct(pipeline.sample(2, generator=seed(), output_type="pt"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_generator_samples_follow_the_global_seed():
+    pipeline = make(num_classes=3)
+    first, second = (pipeline.sample(4, output_type="pt") for _ in range(2))
+    torch.manual_seed(0)
+    make(num_classes=3)
+    torch.manual_seed(5)
+    third = pipeline.sample(4, output_type="pt")
+    torch.manual_seed(5)
+    assert torch.equal(pipeline.sample(4, output_type="pt"), third)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_output_types(channels):
+    pipeline = make(image_shape=(channels, 8, 12))
+    pil, arrays, tensors, codes = (
+        pipeline(3, generator=seed(), output_type=output_type) for output_type in ("pil", "np", "pt", "codes")
+    )
+    assert arrays.shape == (3, 8, 12, channels)
+    assert tensors.shape == (3, channels, 8, 12)
+    assert arrays.dtype == np.float32
+    assert 0 <= arrays.min() <= arrays.max() <= 1
+    np.testing.assert_array_equal(arrays, tensors.permute(0, 2, 3, 1))
+    for image, array in zip(pil, arrays):
+        assert image.mode == {1: "L", 3: "RGB"}[channels]
+        assert image.size == (12, 8)
+        assert abs(np.asarray(image).reshape(array.shape) - 255 * array).max() <= 0.5 + 1e-4
+    pipeline.tokenizer.spec.check(codes)
+    assert torch.equal(pipeline.decode(codes, output_type="pt"), tensors)
+    with pytest.raises(ValueError, match="unknown output_type 'latent'"):
+        pipeline.sample(output_type="latent")
+
+
+def test_what_it_returns_can_be_trained_with_and_changed():
+    pipeline = make()
+    images, codes = (pipeline.sample(2, output_type=output_type) for output_type in ("pt", "codes"))
+    images.mul_(0.5)
+    table = torch.nn.Embedding(5, 3)
+    (table(codes[0]).sum() + (images * torch.ones((), requires_grad=True)).sum()).backward()
+    assert table.weight.grad is not None
+
+
+def test_class_labels_by_number_name_array_or_tensor_are_the_same():
+    pipeline = make(num_classes=3)
+    expected = pipeline.sample(2, class_labels=[2, 0], generator=seed(), output_type="pt")
+    for labels in (["owl", "cat"], ("owl", 0), torch.tensor([2, 0]), np.array([2, 0]), [np.int64(2), 0]):
+        assert torch.equal(pipeline.sample(class_labels=labels, generator=seed(), output_type="pt"), expected)
+    same = pipeline.sample(2, class_labels=[1, 1], generator=seed(), output_type="pt")
+    for label in (1, "dog", torch.tensor(1), np.int64(1)):
+        assert torch.equal(pipeline.sample(2, class_labels=label, generator=seed(), output_type="pt"), same)
+    assert len(pipeline.sample(class_labels="dog")) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("dgo", "unknown class 'dgo' (known: cat, dog, owl)"),
+        ([0, 3], "labels must lie in [0, 3)"),
+        (-1, "labels must lie in [0, 3)"),
+        ([0], "got 1 class labels for 2 images"),
+        ([0.5, 1], "a class label is a number or a name, got 0.5"),
+        ([True, False], "a class label is a number or a name, got True"),
+        (1.0, "a class label is a number or a name, got 1.0"),
+    ],
+)
+def test_wrong_class_labels_are_refused(labels, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+        make(num_classes=3).sample(2, class_labels=labels)
+    assert message in str(error.value)
+
+
+def test_labels_for_an_unconditional_prior_and_impossible_numbers_are_refused():
+    pipeline = make()
+    for arguments, message in [
+        ({"class_labels": 1}, "this prior is unconditional"),
+        ({"class_labels": "cat"}, "none has a name"),
+        ({"num_images": 0}, "num_images and batch_size must be at least 1"),
+        ({"batch_size": 0}, "num_images and batch_size must be at least 1"),
+        ({"temperature": -1}, "temperature must be finite and at least 0"),
+        ({"guidance_scale": 2.0}, "needs a class-conditional prior"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pipeline.sample(**arguments)
+
+
+def test_sampling_options_reach_the_prior():
+    pipeline = make("vqvae", "gpt", num_classes=3)
+    greedy = pipeline.sample(4, 1, temperature=0, output_type="codes", generator=seed())
+    assert all(torch.equal(greedy[0][0], codes) for codes in greedy[0])
+    assert torch.equal(pipeline.sample(4, 1, top_k=1, output_type="codes")[0], greedy[0])
+    assert torch.equal(pipeline.sample(4, 1, top_p=1e-6, output_type="codes")[0], greedy[0])
+    free, guided = (pipeline.sample(16, 1, guidance_scale=s, generator=seed(), output_type="codes") for s in (1.0, 9.0))
+    assert not torch.equal(free[0], guided[0])
+
+
+def test_the_progress_bar_can_be_silenced(capsys):
+    pipeline = make()
+    pipeline.sample(2)
+    assert capsys.readouterr().err == ""
+    pipeline.set_progress_bar_config(desc="drawing")
+    pipeline.sample(2)
+    assert "drawing: 100%" in capsys.readouterr().err
+
+
+# Encoding and decoding
+# ------------------------------------------------------------------------------------------------
+
+
+def test_pil_images_and_tensors_are_encoded_alike():
+    pipeline = make()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    images = [Image.fromarray(array) for array in pixels]
+    tensors = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    assert torch.equal(pipeline.encode(images)[0], pipeline.encode(tensors)[0])
+    assert torch.equal(pipeline.encode(images[0])[0], pipeline.encode(tensors)[0][:1])
+    larger = images[0].resize((16, 16), Image.Resampling.NEAREST).convert("RGBA")
+    assert pipeline.encode(larger)[0].shape == (1, 2, 2)
+    reconstructed = pipeline.reconstruct(images, output_type="pt")
+    assert torch.equal(reconstructed, pipeline.decode(pipeline.encode(tensors), output_type="pt"))
+    assert [image.size for image in pipeline.reconstruct(images)] == [(8, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 8, 8), "takes images of shape (batch, 3, 8, 8), got (3, 8, 8)"),
+        (torch.zeros(1, 1, 8, 8), "takes images of shape"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "must be floating-point in [0, 1], got torch.uint8"),
+        (torch.full((1, 3, 8, 8), 255.0), "must be floating-point in [0, 1], got torch.float32 from 255 to 255"),
+        (torch.full((1, 3, 8, 8), float("nan")), "must be floating-point in [0, 1]"),
+        (["cat.png"], "images must be PIL images, or one tensor"),
+        ([], "images must be PIL images, or one tensor"),
+    ],
+)
+def test_what_is_not_an_image_is_refused(images, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+        make().encode(images)
+    assert message in str(error.value)
+
+
+def test_codes_out_of_range_and_impossible_outputs_are_refused():
+    pipeline = make()
+    with pytest.raises(ValueError, match=r"must lie in \[0, 5\)"):
+        pipeline.decode((torch.full((1, 2, 2), 5),))
+    with pytest.raises(ValueError, match="is for sampling"):
+        pipeline.reconstruct(torch.zeros(1, 3, 8, 8), output_type="codes")
+
+
+# Folders
+# ------------------------------------------------------------------------------------------------
+
+
+def test_mixed_parts_are_refused_with_both_fingerprints(tmp_path):
+    pipeline, other = make(), make_tokenizer()
+    pipeline.save_pretrained(tmp_path)
+    save_model(other, tmp_path / "tokenizer")
+    with pytest.raises(ValueError, match="trained on the codes of tokenizer") as error:
+        Pipeline.from_pretrained(tmp_path)
+    assert fingerprint(pipeline.tokenizer) in str(error.value)
+    assert fingerprint(other) in str(error.value)
+    with pytest.raises(ValueError, match="trained on the codes of tokenizer"):
+        Pipeline(other, pipeline.prior)
+
+
+def test_given_parts_take_the_place_of_saved_ones(tmp_path):
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "prior")
+    other = make_prior("pixelcnn", pipeline.tokenizer)
+    assert Pipeline.from_pretrained(tmp_path, prior=other).prior is other
+    assert Pipeline.from_pretrained(tmp_path, prior=other, tokenizer=pipeline.tokenizer).components == {
+        "tokenizer": pipeline.tokenizer,
+        "prior": other,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "DiTPipeline"}, "describes a 'DiTPipeline', not a Pipeline"),
+        ({"tokenizer": ["tokenizer", "VQVAE2"]}, "says that 'tokenizer' is ['tokenizer', 'VQVAE2']"),
+        ({"tokenizer": ["os", "system"]}, "says that 'tokenizer' is ['os', 'system']"),
+        ({"prior": ["os", "system"]}, "says that 'prior' is ['os', 'system']"),
+        ({"prior": ["../prior", "GPT"]}, "says that 'prior' is ['../prior', 'GPT']"),
+        ({"tokenizer": "VQVAE"}, "'tokenizer' must be a list, got 'VQVAE'"),
+        ({"metrics": None}, "'metrics' must be a dict, got None"),
+        ({"id2label": {"0": "cat", "2": "owl"}}, "'id2label' must give a name to each of the classes 0, 1, 2, ..."),
+        ({"id2label": {"0": 1}}, "'id2label' must give a name"),
+    ],
+    ids=str,
+)
+def test_a_wrong_index_is_refused(tmp_path, changes, message):
+    make().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for key in changes:
+        (tmp_path / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != key}))
+        with pytest.raises(ValueError, match="model_index"):
+            Pipeline.from_pretrained(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **changes}))
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+        Pipeline.from_pretrained(tmp_path)
+    assert message in str(error.value)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is not a pipeline: it has no model_index\.json"):
+        Pipeline.from_pretrained(tmp_path)
+    for path in ("user/name", tmp_path / "nowhere", "nowhere"):
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=str(path)):
+            Pipeline.from_pretrained(path)
+        assert time.monotonic() - start < 1
+
+
+def test_saving_over_an_existing_pipeline_replaces_it(tmp_path):
+    make("vqvae2", "pixelcnn", 3).save_pretrained(tmp_path)
+    pipeline = make("vqvae", None)
+    loaded = reload(pipeline, tmp_path)
+    assert not loaded.has_stage_two
+    assert loaded.class_names == []
+    assert fingerprint(loaded.tokenizer) == fingerprint(pipeline.tokenizer)
+
+
+@pytest.mark.parametrize("prior", [None, *sorted(PRIORS)])
+def test_a_pipeline_in_half_precision_samples_saves_and_loads(prior, tmp_path):
+    make("vqvae", prior).save_pretrained(tmp_path / "full")
+    half = Pipeline.from_pretrained(tmp_path / "full", dtype=torch.bfloat16, device="cpu")
+    half.set_progress_bar_config(disable=True)
+    assert (half.dtype, half.device.type) == (torch.bfloat16, "cpu")
+    loaded = reload(half, tmp_path / "half")  # the prior still belongs to the tokenizer, whose weights were cast
+    assert loaded.dtype == torch.bfloat16
+    images = half.sample(3, generator=seed(), output_type="pt")
+    assert images.dtype == torch.float32
+    assert torch.equal(loaded.sample(3, generator=seed(), output_type="pt"), images)
+    assert half.encode(images)[0].dtype == torch.int64
+    assert half.to(dtype=torch.float32).dtype == torch.float32
+
+
+def test_the_model_card_holds_what_was_measured(tmp_path):
+    pipeline = make(num_classes=3)
+    pipeline.metrics = {"test bits_per_dim": 1.23456789, "test num_images": 17}
+    loaded = reload(pipeline, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: tessera\n")
+    for text in ("| test bits_per_dim | 1.2346 |", "| test num_images | 17 |", "# VQVAE + GPT", "3 x 8 x 8",
+                 "2 x 2 codes of 5", "class-conditional (3 classes)"):  # fmt: skip
+        assert text in card
+    assert loaded.metrics == pipeline.metrics
+    reload(make(prior=None), tmp_path)
+    assert "Nothing yet" in (tmp_path / "README.md").read_text()
+
+
+def test_a_run_folder_is_a_pipeline_after_each_stage(tmp_path):
+    tokenizer = make_tokenizer()
+    save_model(tokenizer, tmp_path / "tokenizer")
+    save_stage_one(tmp_path, tokenizer, NAMES, {"psnr": 20.0})
+    assert not Pipeline.from_pretrained(tmp_path).has_stage_two
+    prior = make_prior("gpt", tokenizer, 3)
+    save_model(prior, tmp_path / "prior")
+    save_stage_two(tmp_path, tokenizer, prior, NAMES, {"nll": 1.0})
+    pipeline = Pipeline.from_pretrained(tmp_path)
+    assert pipeline.metrics == {"validation tokenizer psnr": 20.0, "validation prior nll": 1.0}
+    save_stage_one(tmp_path, tokenizer, NAMES, {"psnr": 21.0})  # the same tokenizer: stage two stays
+    assert Pipeline.from_pretrained(tmp_path).has_stage_two
+    other = make_tokenizer()  # a new one: the prior does not belong to it any more
+    save_model(other, tmp_path / "tokenizer")
+    save_stage_one(tmp_path, other, NAMES, {"psnr": 22.0})
+    assert not Pipeline.from_pretrained(tmp_path).has_stage_two
+
+
+# Answers as the hub does, and keeps what is committed. Run in another process, because this one is offline.
+PUSH = """
+import base64, json, os, sys, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Hub(BaseHTTPRequestHandler):
+    files, asked = {}, []
+    def log_message(self, *arguments): pass
+    def do_GET(self): self.answer({})
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length) if length else b"".join(iter(self.chunk, b""))
+        url = os.environ["HF_ENDPOINT"] + "/user/name"
+        self.asked.append((self.path, self.headers.get("Authorization")))
+        if "preupload" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer({"files": [{"path": path, **modes} for path in paths]})
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self.answer({"commitOid": "0" * 40, "commitUrl": url + "/commit/0", "success": True})
+        self.answer({"url": url, "id": "user/name"})
+    def chunk(self):
+        data = self.rfile.read(int(self.rfile.readline(), 16))
+        self.rfile.readline()
+        return data
+    def answer(self, obj):
+        data = json.dumps(obj).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+server = HTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_OFFLINE="0")
+from pathlib import Path
+from pipelines import Pipeline
+
+pipeline = Pipeline.from_pretrained(sys.argv[1])
+pipeline.push_to_hub("user/name", token="hf_secret")
+for name, data in Hub.files.items():
+    path = Path(sys.argv[2]) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+assert any(token == "Bearer hf_secret" for _, token in Hub.asked), Hub.asked
+assert not any(b"hf_secret" in data for data in Hub.files.values())
+"""
+
+
+def test_what_is_pushed_to_the_hub_is_the_saved_pipeline(tmp_path):
+    pipeline = make(num_classes=3)
+    pipeline.save_pretrained(tmp_path / "saved")
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    result = subprocess.run(
+        [sys.executable, "-c", PUSH, str(tmp_path / "saved"), str(tmp_path / "pushed")],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    pushed = Pipeline.from_pretrained(tmp_path / "pushed")
+    assert fingerprint(pushed.prior) == fingerprint(pipeline.prior)
+    assert pushed.class_names == pipeline.class_names
+
+
+# Pictures
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_shows_every_image_in_its_place(tmp_path):
+    images = torch.rand(6, 3, 64, 64).round()
+    with Image.open(save_grid(images, tmp_path / "a" / "grid.png", columns=3)) as picture:
+        grid = np.asarray(picture) / 255
+    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    for i, image in enumerate(images):
+        top, left = 2 + 66 * (i // 3), 2 + 66 * (i % 3)
+        np.testing.assert_array_equal(grid[top : top + 64, left : left + 64], image.permute(1, 2, 0))
+
+
+def test_each_row_of_originals_has_its_reconstructions_below():
+    originals, reconstructions = torch.arange(5), torch.arange(5) + 10
+    assert side_by_side(originals, reconstructions, 3).tolist() == [0, 1, 2, 10, 11, 12, 3, 4, 13, 14]
+
+
+class Images(list):
+    """The least of a data set."""
+
+    def __getitems__(self, keys):
+        return [self[key] for key in keys]
+
+    @staticmethod
+    def collate(items):
+        return {"image": torch.stack(items)}
+
+
+def test_pictures_leave_the_mode_of_the_model_as_it_was(tmp_path):
+    pipeline = make(num_classes=3)
+    tokenizer = pipeline.tokenizer.train()
+    save_reconstructions(tokenizer, Images(torch.rand(5, 3, 8, 8)), tmp_path / "r.png")
+    save_samples(pipeline.prior, tokenizer, tmp_path / "s.png", rows=2)
+    assert tokenizer.training
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.size == (3 * 66 + 2, 2 * 66 + 2)  # a column for each class

@@ -1,0 +1,190 @@
+"""The scripts as their users run them: real processes, through accelerate's launcher, on one and on two of them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipelines import Pipeline
+from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, load_tokenizer, save_model
+from pipelines.config import Polymorphic, parse
+from pipelines.images import DataConfig
+from pipelines.training import TrainingConfig
+from prior import PRIORS
+from prior.base import CodeSpec
+from tokenizer import TOKENIZERS
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+LAUNCH = [
+    "-m",
+    "accelerate.commands.launch",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
+SHORT = [
+    "--training.total_steps",
+    "4",
+    "--training.eval_every",
+    "2",
+    "--training.save_every",
+    "2",
+    "--training.cpu",
+    "true",
+]
+TINY_TOKENIZER = [
+    *("--tokenizer.network.hidden_dim", "8", "--tokenizer.network.residual_dim", "4"),
+    *("--tokenizer.latent_dim", "8", "--tokenizer.quantizer.code_dim", "4", "--data.max_images", "100"),
+]
+TINY_PRIOR = ["--prior.num_layers", "1", "--prior.hidden_dim", "16", "--prior.num_heads", "2"]
+
+
+def run(folder: Path, script: str, *arguments: str, launcher=(), **environment) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / f"{script}.py"), *arguments]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def launch(folder: Path, script: str, *arguments: str, num_processes: int = 1) -> subprocess.CompletedProcess:
+    """`accelerate launch`; --multi_gpu with ACCELERATE_USE_CPU is what starts several processes on CPUs."""
+    several = ["--multi_gpu"] if num_processes > 1 else []
+    launcher = [*LAUNCH, *several, "--num_processes", str(num_processes)]
+    done = run(folder, script, *arguments, launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def train_both(folder: Path, num_processes: int) -> Path:
+    """What the two training commands leave when told nothing of each other."""
+    launch(folder, "train_tokenizer", *TINY_TOKENIZER, *SHORT, num_processes=num_processes)
+    launch(folder, "train_prior", *TINY_PRIOR, *SHORT, num_processes=num_processes)
+    return folder / "runs" / "digits-vqvae"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return train_both(tmp_path_factory.mktemp("work space ä"), num_processes=1)
+
+
+def check_pipeline_folder(folder: Path) -> None:
+    images = Pipeline.from_pretrained(folder).sample(class_labels=["3", 7])
+    assert [image.size for image in images] == [(8, 8), (8, 8)]
+    for name in ("samples.png", "reconstructions.png"):
+        with Image.open(folder / name) as image:
+            assert len(image.convert("L").getcolors()) > 2
+    assert len(list((folder / "stage_one" / "state").glob("step-*"))) == 2
+    assert "validation prior nll" in (folder / "README.md").read_text()
+
+
+def test_the_two_commands_leave_a_pipeline(run_folder):
+    check_pipeline_folder(run_folder)
+
+
+def test_the_two_commands_leave_a_pipeline_on_two_processes(tmp_path):
+    folder = train_both(tmp_path, num_processes=2)
+    check_pipeline_folder(folder)
+    state = json.loads((folder / "stage_two/state/step-00000004/state.json").read_text())
+    assert state["num_processes"] == 2
+
+
+def test_the_other_scripts_work_on_the_newest_run(run_folder):
+    folder = run_folder.parents[1]
+    done = run(folder, "evaluate", "--split", "test", "--json", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads(done.stdout)["metrics"]
+    assert metrics["bits_per_dim"] == pytest.approx(metrics["nats"] / (64 * 0.6931472))
+    assert json.loads((run_folder / "evaluation.json").read_text())["metrics"] == metrics
+    done = run(folder, "sample", "--num_images", "4", "--top_k", "3", "--guidance_scale", "2", "--output", "four.png")
+    assert done.returncode == 0, done.stderr[-3000:]
+    with Image.open(folder / "four.png") as image:
+        assert image.width > 4 * 64
+    done = run(folder, "extract_codes", "--split", "test", "--cpu", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((run_folder / "codes" / "test" / "spec.json").read_text())["count"] == metrics["num_images"]
+
+
+def test_finished_commands_run_again_change_nothing(run_folder):
+    weights = [load_file(run_folder / part / "model.safetensors") for part in ("tokenizer", "prior")]
+    folder = run_folder.parents[1]
+    assert "continuing from step 4" in launch(folder, "train_tokenizer", *TINY_TOKENIZER, *SHORT).stdout
+    launch(folder, "train_prior", *TINY_PRIOR, *SHORT)
+    for part, before in zip(("tokenizer", "prior"), weights):
+        after = load_file(run_folder / part / "model.safetensors")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert Pipeline.from_pretrained(run_folder).has_stage_two
+
+
+def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run_folder, other)
+    tokenizer = load_tokenizer(other / "tokenizer")
+    next(tokenizer.parameters()).data.flatten()[0] += 1
+    save_model(tokenizer, other / "tokenizer")
+    done = run(tmp_path, "train_prior", "--run", str(other), *TINY_PRIOR, *SHORT)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    recorded = json.loads((run_folder / "prior" / "config.json").read_text())["tokenizer_fingerprint"]
+    assert recorded in done.stderr
+    assert fingerprint(tokenizer) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_tokenizer", ["--training.learning_rat", "1"], "did you mean 'training.learning_rate'"),
+        ("train_tokenizer", ["--tokenizer.quantizer.type", "ema_qv"], "did you mean 'ema_vq'"),
+        ("train_tokenizer", ["--data.name", "MNISTT", "--data.download", "false"], "did you mean MNIST"),
+        ("train_tokenizer", ["--training.batch_size", "5000", "--training.cpu", "true"], "larger than the data set"),
+        ("train_prior", [], "train a tokenizer first"),
+        ("sample", ["--run", "nowhere"], "nowhere is neither a folder nor a hub id"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_not_a_traceback(script, arguments, message, tmp_path):
+    done = run(tmp_path, script, *arguments)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_builds_its_model(path):
+    recipe = yaml.safe_load(path.read_text())
+
+    class Options:
+        """None."""
+
+    if "prior" in recipe:
+        config = parse(
+            "", {"prior": Polymorphic(PRIORS, "gpt"), "training": TrainingConfig}, Options, ["--config", str(path)]
+        )
+        with torch.device("meta"):
+            model = build_prior({**config["prior"], "spec": CodeSpec(((4, 4),), (8,)), "num_classes": 2})
+    else:
+        sections = {"data": DataConfig, "tokenizer": Polymorphic(TOKENIZERS, "vqvae"), "training": TrainingConfig}
+        config = parse("", sections, Options, ["--config", str(path)])
+        DataConfig(**config["data"])
+        with torch.device("meta"):
+            model = build_tokenizer({**config["tokenizer"], "image_shape": (3, 32, 32)})
+    TrainingConfig(**config["training"])
+    assert sum(p.numel() for p in model.parameters()) > 0
+    assert "accelerate launch scripts/train_" in path.read_text()
