@@ -5,23 +5,20 @@ that weights, averages and optimizer are all there is to save. Training code tha
 generators cannot be exact in the middle of an epoch, because loaders draw ahead.
 """
 
-import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -34,9 +31,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pipelines.batches import StepBatches, derived_seed
 from pipelines.checkpoint import load_state, newest_state, save_state
 from pipelines.config import differences, flatten
+from pipelines.ema import EMA
 from pipelines.files import folder_lock, write_json_atomic
+from pipelines.launch import StopRequest
 from pipelines.objectives import Objective
 
 # Fields that may change between a run and its continuation without making it another run.
@@ -178,187 +178,6 @@ def describe(accelerator: Accelerator, model: nn.Module, train_data: Dataset, va
         f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} "
         f"on {accelerator.device.type}, mixed precision {accelerator.mixed_precision}"
     )
-
-
-def make_accelerator(config: TrainingConfig, folder: Path) -> Accelerator:
-    """The accelerator for a run.
-
-    Raises:
-        ValueError: several processes were launched that do not know of each other, a tracker that is not installed, or
-            bf16 on a CPU that computes it slower than float32.
-    """
-    end_with_the_launcher()
-    cpu = config.cpu or not torch.accelerator.is_available()
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.tracker == "none" else config.tracker,
-        project_dir=folder,
-        # Codebooks are made equal by their own all-reduce; a broadcast would throw away what other processes counted.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: each would train "
-            "alone and write the same files. On CPUs, set ACCELERATE_USE_CPU=true and launch with torchrun"
-        )
-    if config.tracker != "none" and not accelerator.log_with:
-        raise ValueError(f"training.tracker = '{config.tracker}' is not installed; install it or take 'tensorboard'")
-    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
-        raise ValueError(
-            "mixed_precision = 'bf16' on this CPU, which has no bf16 units, is over twice as slow as float32; take 'no'"
-        )
-    return accelerator
-
-
-def cpu_computes_bf16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    return not flags.exists() or any(unit in flags.read_text() for unit in ("avx512_bf16", "amx_bf16"))
-
-
-def end_with_the_launcher() -> None:
-    """Lets this process be told when its launcher dies, which would otherwise leave it training unseen (Linux)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-class StepBatches:
-    """The keys of each batch as a function of the step: (index, epoch) pairs of this process's micro-batches.
-
-    The data set is walked in a new order each epoch, epochs joined end to end, so that every batch is full and every
-    image comes once per epoch.
-
-    Args:
-        length: images in the data set.
-        batch_size: images per step over all processes and micro-batches.
-        num_micro_batches: gradient accumulation steps.
-    Raises:
-        ValueError: the batch cannot be divided evenly, or is larger than the data set.
-    """
-
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        num_micro_batches: int = 1,
-        process_index: int = 0,
-        num_processes: int = 1,
-        seed: int = 0,
-        start_step: int = 0,
-        total_steps: int,
-    ):
-        shares = num_micro_batches * num_processes
-        if batch_size % shares:
-            raise ValueError(
-                f"batch_size = {batch_size} cannot be divided over {num_processes} processes x "
-                f"{num_micro_batches} micro-batches; take a multiple of {shares}"
-            )
-        if batch_size > length:
-            raise ValueError(f"batch_size = {batch_size} is larger than the data set of {length} images")
-        self.length, self.batch_size, self.num_micro_batches = length, batch_size, num_micro_batches
-        self.process_index, self.num_processes, self.seed = process_index, num_processes, seed
-        self.start_step, self.total_steps = start_step, total_steps
-        self._orders: dict[int, list[int]] = {}
-
-    def __len__(self) -> int:
-        return (self.total_steps - self.start_step) * self.num_micro_batches
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.start_step, self.total_steps):
-            for micro_batch in range(self.num_micro_batches):
-                yield self.keys(step, micro_batch)
-
-    def keys(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
-        share = self.batch_size // (self.num_micro_batches * self.num_processes)
-        start = step * self.batch_size + (micro_batch * self.num_processes + self.process_index) * share
-        return [self._key(position) for position in range(start, start + share)]
-
-    def epoch(self, step: int) -> int:
-        """The epoch that a step's first image belongs to."""
-        return step * self.batch_size // self.length
-
-    def _key(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.length)
-        if epoch not in self._orders:
-            # A batch spans two epochs at most
-            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
-            self._orders[epoch] = torch.randperm(self.length, generator=generator).tolist()
-        return self._orders[epoch][place], epoch
-
-
-def derived_seed(*parts) -> int:
-    """A seed that is a function of all its parts, and unrelated for neighbouring ones."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
-
-
-class EMA:
-    """Running average of a module's parameters; buffers (codebooks with averages of their own) are taken as they are.
-
-    The decay rises as (1 + t) / (10 + t), so that the first steps do not linger.
-    """
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-
-    @torch.no_grad()
-    def adopt_current(self) -> None:
-        """Makes the module's present parameters the average (after they were loaded into it)."""
-        torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
-
-    @contextmanager
-    def applied(self):
-        """Within the context the module holds the averaged parameters."""
-        if self.decay == 0:
-            yield
-            return
-        parameters = [p.detach() for p in self.parameters]
-        kept = [p.clone() for p in parameters]
-        torch._foreach_copy_(parameters, self.average)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(parameters, kept)
-
-
-class StopRequest:
-    """Notes SIGTERM and SIGINT, so that a run ends between two steps with its state saved."""
-
-    def __init__(self):
-        self.signal_number: int | None = None
-
-    def __enter__(self):
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        self.signal_number = number
-
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop; the same answer on all."""
-        if accelerator.num_processes == 1:
-            return self.signal_number is not None
-        flag = torch.tensor(float(self.signal_number or 0), device=accelerator.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self.signal_number = int(flag.item()) or None
-        return self.signal_number is not None
 
 
 def fit(

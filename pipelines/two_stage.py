@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pipelines.card import model_card
 from pipelines.checkpoint import fingerprint, load_prior, load_tokenizer, resolve_folder, save_model
 from pipelines.files import atomic_file, read_json, write_json_atomic
-from pipelines.images import preprocess_image
+from pipelines.preprocessing import preprocess_image
 from prior.base import Codes, Prior
 from prior.sampling import ImageNoise
 from tokenizer.base import Tokenizer

@@ -14,8 +14,9 @@ from pipelines.checkpoint import fingerprint, load_tokenizer
 from pipelines.codes import write_codes
 from pipelines.config import parse, peek
 from pipelines.images import DataConfig
+from pipelines.launch import make_accelerator
 from pipelines.runs import find_run, load_images_for, run_script, saved_data_section
-from pipelines.training import TrainingConfig, make_accelerator
+from pipelines.training import TrainingConfig
 
 TOKENIZER = "tokenizer/config.json"
 

@@ -16,10 +16,11 @@ import torch
 from pipelines.checkpoint import build_prior, load_tokenizer, save_model
 from pipelines.codes import CodeDataset
 from pipelines.config import Polymorphic, has_config_file, parse, peek, read_yaml
+from pipelines.launch import make_accelerator
 from pipelines.objectives import PriorLoss
 from pipelines.pictures import save_samples
 from pipelines.runs import find_run, run_script, save_config, saved_data_section
-from pipelines.training import TrainingConfig, Update, adamw, describe, fit, make_accelerator
+from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import check_codes_belong, save_stage_two
 from prior import PRIORS
 

@@ -17,10 +17,11 @@ from pipelines.checkpoint import build_tokenizer, fingerprint, save_model
 from pipelines.codes import write_codes
 from pipelines.config import Polymorphic, has_config_file, parse, peek, read_yaml
 from pipelines.images import DataConfig, load_images
+from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions
 from pipelines.runs import RUNS, run_script, save_config
-from pipelines.training import TrainingConfig, Update, adamw, describe, fit, make_accelerator
+from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import save_stage_one
 from tokenizer import TOKENIZERS
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from accelerate import PartialState
 from safetensors.torch import save_file
 
-from pipelines.training import Update, adamw, fit, make_accelerator
+from pipelines.launch import make_accelerator
+from pipelines.training import Update, adamw, fit
 from tests.test_training import CONFIG, make
 
 parser = argparse.ArgumentParser()

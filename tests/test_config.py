@@ -173,6 +173,14 @@ def test_a_run_remembers_the_data_of_its_tokenizer(tmp_path):
         saved_data_section(tmp_path)
 
 
+def test_a_recipe_by_default_holds_for_the_types_that_it_names():
+    recipe = {"prior": {"type": "pixelcnn", "num_layers": 3, "kernel_size": 7}}
+    config = parse("", SECTIONS, Options, [], defaults=lambda: recipe)["prior"]
+    assert (config["type"], config["num_layers"], config["kernel_size"]) == ("pixelcnn", 3, 7)
+    config = parse("", SECTIONS, Options, ["--prior.type=uniform"], defaults=lambda: recipe)["prior"]
+    assert config == {"type": "uniform"}
+
+
 def test_the_newest_run_is_found_unless_one_is_named(tmp_path):
     for age, name in enumerate(["new", "old"]):
         (tmp_path / name / "tokenizer").mkdir(parents=True)

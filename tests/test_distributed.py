@@ -15,9 +15,13 @@ MODELS = ["vqvae-ema_vq", "vqvae2", "gpt"]
 
 
 def run_worker(folder: Path, num_processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs the worker under torchrun (which starts two processes on CPUs, where accelerate's launcher starts one)."""
+    """Runs the worker under plain torchrun.
+
+    Without ACCELERATE_USE_CPU, accelerate by itself would make each process on a machine without a GPU believe that it
+    is alone.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, str(WORKER), str(folder), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
 

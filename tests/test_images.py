@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pipelines.images import AugmentationStream, BadImageError, DataConfig, load_images, preprocess_image
+from pipelines.images import AugmentationStream, DataConfig, load_images
+from pipelines.preprocessing import BadImageError, preprocess_image
 
 AUGMENTED = {"crop_padding": 2, "horizontal_flip": True, "binarize": "stochastic"}
 

@@ -4,7 +4,6 @@ import itertools
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from prior import PRIORS, CodeSpec, PriorConfig
@@ -14,6 +13,7 @@ from prior.pixelcnn import PixelCNN, PixelCNNConfig
 from prior.sampling import ImageNoise, SamplingOptions, choose
 from prior.torchvision_guard import ensure_torchvision
 from prior.uniform import Uniform
+from tests import tiny
 
 NUM_SAMPLES = 10_000
 AUTOREGRESSIVE = [name for name, kind in PRIORS.items() if issubclass(kind, AutoregressivePrior)]
@@ -482,7 +482,11 @@ def test_given_codes_must_fit():
         (PixelCNNConfig, {"dropout": 1.0}, r"dropout is a probability in \[0, 1\), got 1.0"),
         (PixelCNNConfig, {"class_dropout": -0.1}, r"class_dropout is a probability in \[0, 1\), got -0.1"),
         (PixelCNNConfig, {"spec": CodeSpec(((2, 2, 2),), (2,))}, r"map \(h, w\) or a vector \(N,\), got .*2, 2, 2"),
-        (GPTConfig, {"num_heads": 5}, "multiple of 10 for num_heads = 5 and positions = 'rotary', got 768"),
+        (
+            GPTConfig,
+            {"num_heads": 5, "positions": "rotary"},
+            "multiple of 10 for num_heads = 5 and positions = 'rotary', got 128",
+        ),
         (GPTConfig, {"positions": "rope"}, "unknown positions 'rope'; choose from rotary, rotary_2d, learned"),
         (GPTConfig, {"spec": CodeSpec(((2, 2, 2),), (2,)), "positions": "rotary_2d"}, "rotary_2d needs maps"),
     ],
@@ -568,7 +572,7 @@ def test_gpt_and_llama_load_each_others_weights_and_agree(theta):
     ensure_torchvision()
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    prior = build("gpt", LARGER, num_classes=3, rope_theta=theta)
+    prior = build("gpt", LARGER, num_classes=3, positions="rotary", rope_theta=theta)
     llama = LlamaForCausalLM(LlamaConfig(**prior.llama_config())).eval()
     codes, classes = random_codes(LARGER, 2), torch.tensor([1, 3])
 

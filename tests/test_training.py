@@ -12,21 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from pipelines.batches import StepBatches
 from pipelines.checkpoint import build_prior, build_tokenizer
+from pipelines.ema import EMA
 from pipelines.files import folder_lock
 from pipelines.images import DataConfig, load_images
+from pipelines.launch import make_accelerator
 from pipelines.objectives import PriorLoss, TokenizerLoss
-from pipelines.training import (
-    EMA,
-    NonFiniteLossError,
-    StepBatches,
-    TrainingConfig,
-    Update,
-    adamw,
-    evaluate,
-    fit,
-    make_accelerator,
-)
+from pipelines.training import NonFiniteLossError, TrainingConfig, Update, adamw, evaluate, fit
 from tests import tiny
 from tokenizer.quantizers import QUANTIZERS
 
@@ -290,6 +283,7 @@ def test_impossible_settings_are_refused(field, value):
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    make_accelerator(CONFIG, tmp_path)  # accelerate settles here on being alone
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, but accelerate sees 1"):
         make_accelerator(CONFIG, tmp_path)

@@ -1,0 +1,87 @@
+"""How a process takes its place: the accelerator, the launcher it belongs to, and signals to stop."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+
+def make_accelerator(config, folder: Path) -> Accelerator:
+    """The accelerator for a run.
+
+    Args:
+        config: a `TrainingConfig`.
+        folder: where trackers write.
+    Raises:
+        ValueError: several processes were launched that do not know of each other, a tracker that is not installed, or
+            bf16 on a CPU that computes it slower than float32.
+    """
+    end_with_the_launcher()
+    cpu = config.cpu or not torch.accelerator.is_available()
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=folder,
+        # Codebooks are made equal by their own all-reduce; a broadcast would throw away what other processes counted.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: each would train "
+            "alone and write the same files. On CPUs, set ACCELERATE_USE_CPU=true and launch with torchrun"
+        )
+    if config.tracker != "none" and not accelerator.log_with:
+        raise ValueError(f"training.tracker = '{config.tracker}' is not installed; install it or take 'tensorboard'")
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
+        raise ValueError(
+            "mixed_precision = 'bf16' on this CPU, which has no bf16 units, is over twice as slow as float32; take 'no'"
+        )
+    return accelerator
+
+
+def cpu_computes_bf16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    return not flags.exists() or any(unit in flags.read_text() for unit in ("avx512_bf16", "amx_bf16"))
+
+
+def end_with_the_launcher() -> None:
+    """Lets this process be told when its launcher dies, which would otherwise leave it training unseen (Linux)."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT, so that a run ends between two steps with its state saved."""
+
+    def __init__(self):
+        self.signal_number: int | None = None
+
+    def __enter__(self):
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal_number = number
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop; the same answer on all."""
+        if accelerator.num_processes == 1:
+            return self.signal_number is not None
+        flag = torch.tensor(float(self.signal_number or 0), device=accelerator.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self.signal_number = int(flag.item()) or None
+        return self.signal_number is not None
