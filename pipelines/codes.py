@@ -279,7 +279,7 @@ def _load(dataset: ImageDataset, batches: list[range], num_workers: int) -> Data
 
 def _show(loader: DataLoader, num_batches: int, progress: bool) -> Iterator[dict]:
     """The batches, with a bar. The bar counts those of this process."""
-    yield from tqdm(loader, total=num_batches, desc="encoding", unit="batch", disable=not progress)
+    yield from tqdm(loader, total=num_batches, desc="encoding", unit="batch", disable=None if progress else True)
 
 
 def _encode(tokenizer: nn.Module, batches: Iterator[dict], device: torch.device) -> Iterator[tuple[Codes, Tensor]]:

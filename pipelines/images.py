@@ -243,7 +243,7 @@ class ImageDataset(Dataset):
         quiet = len(indices) < 2000 or os.environ.get("LOCAL_RANK", "0") != "0"
         with (
             ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool,
-            tqdm(total=len(indices), desc=description, unit="image", disable=quiet) as progress,
+            tqdm(total=len(indices), desc=description, unit="image", disable=True if quiet else None) as progress,
         ):
             run = pool.map if self.source.thread_safe else map
             for start in range(0, len(indices), 4096):  # the pool would queue millions at once

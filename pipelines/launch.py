@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from tokenizer.registry import nearest_known
 
 
 def make_accelerator(config, folder: Path) -> Accelerator:
@@ -20,6 +24,7 @@ def make_accelerator(config, folder: Path) -> Accelerator:
         ValueError: several processes were launched that do not know of each other, a tracker that is not installed, or
             bf16 on a CPU that computes it slower than float32.
     """
+    check_tracker(config.tracker)
     end_with_the_launcher()
     cpu = config.cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(
@@ -37,13 +42,20 @@ def make_accelerator(config, folder: Path) -> Accelerator:
             f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: each would train "
             "alone and write the same files. On CPUs, set ACCELERATE_USE_CPU=true and launch with torchrun"
         )
-    if config.tracker != "none" and not accelerator.log_with:
-        raise ValueError(f"training.tracker = '{config.tracker}' is not installed; install it or take 'tensorboard'")
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
         raise ValueError(
             "mixed_precision = 'bf16' on this CPU, which has no bf16 units, is over twice as slow as float32; take 'no'"
         )
     return accelerator
+
+
+def check_tracker(name: str) -> None:
+    """Raises ValueError for a tracker that accelerate does not know or that is not installed; it would go on without."""
+    known = [str(tracker) for tracker in LoggerType]
+    if name not in ("none", *known):
+        raise ValueError(f"unknown training.tracker '{name}'{nearest_known(name, ['none', *known])}")
+    if name not in ("none", "all", *map(str, get_available_trackers())):
+        raise ValueError(f"training.tracker = '{name}' is not installed: pip install {name}, or take 'tensorboard'")
 
 
 def cpu_computes_bf16() -> bool:

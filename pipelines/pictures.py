@@ -36,9 +36,10 @@ def side_by_side(originals: Tensor, reconstructions: Tensor, columns: int) -> Te
 
 @torch.no_grad()
 def save_reconstructions(tokenizer: Tokenizer, images: Dataset, path: Path, *, num_images: int = 32) -> Path:
-    """Writes a grid of the first images, the reconstruction of each below it."""
+    """Writes a grid of images taken evenly from the whole set, the reconstruction of each below it."""
     device = next(tokenizer.parameters()).device
-    originals = images.collate(images.__getitems__(list(range(min(num_images, len(images))))))["image"].to(device)
+    indices = torch.linspace(0, len(images) - 1, min(num_images, len(images))).long().tolist()
+    originals = images.collate(images.__getitems__(indices))["image"].to(device)
     training = tokenizer.training
     tokenizer.eval()
     reconstructions = tokenizer.decode(tokenizer.encode(originals))

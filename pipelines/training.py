@@ -253,7 +253,7 @@ class _Run:
                     bar.set_postfix_str(_brief(values))
                     self._log(progress.step, {f"train/{k}": v for k, v in values.items()})
                 if progress.step % config.eval_every == 0 or last:
-                    self._evaluate(bar)
+                    self._evaluate()
                 stopped = stop.agreed(accelerator)
                 if progress.step % config.save_every == 0 or last or stopped:
                     self._save()
@@ -368,7 +368,7 @@ class _Run:
     def learning_rate(self) -> float:
         return self.schedulers[0].get_last_lr()[0]
 
-    def _evaluate(self, bar: tqdm) -> None:
+    def _evaluate(self) -> None:
         accelerator, progress = self.accelerator, self.progress
         with self.emas[0].applied():
             metrics = evaluate(accelerator, self.module, self.validation_data, self.config.batch_size)
@@ -388,10 +388,9 @@ class _Run:
                 if accelerator.is_main_process:
                     save_state(self.folder / "best", progress.step, {"weights": weights}, {"metrics": metrics}, keep=1)
         accelerator.wait_for_everyone()
-        self._say(bar, f"step {progress.step}: validation {_brief(metrics)}")
+        self._say(f"step {progress.step}: validation {_brief(metrics)}")
         if (progress.step - progress.best_step) // self.config.eval_every == 3:  # said once, not at every evaluation
             self._say(
-                bar,
                 f"step {progress.step}: validation {name} {metrics[name]:.4f} has not improved on {best:.4f} of step "
                 f"{progress.best_step}: the model overfits; the best weights are kept",
             )
@@ -499,7 +498,7 @@ class _Run:
             with (self.folder / "log.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def _say(self, bar: tqdm, text: str) -> None:
+    def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pipelines.card import model_card
 from pipelines.checkpoint import fingerprint, load_prior, load_tokenizer, resolve_folder, save_model

@@ -23,7 +23,7 @@ VARIANTS = {
     **{name: (name, {}) for name in AUTOREGRESSIVE},
     "pixelcnn-kernel_5": ("pixelcnn", {"kernel_size": 5, "num_layers": 1}),
     "gpt-rotary_2d": ("gpt", {"positions": "rotary_2d"}),
-    "gpt-learned": ("gpt", {"positions": "learned"}),
+    "gpt-rotary": ("gpt", {"positions": "rotary"}),
 }
 # Two maps of different proportions and a vector, with different vocabularies.
 LARGER = CodeSpec(((2, 3), (4, 5), (3,)), (5, 7, 2))

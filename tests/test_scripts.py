@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,24 @@ def test_every_recipe_builds_its_model(path):
     TrainingConfig(**config["training"])
     assert sum(p.numel() for p in model.parameters()) > 0
     assert "accelerate launch scripts/train_" in path.read_text()
+
+
+def test_a_launcher_that_is_stopped_leaves_a_state_and_no_orphan(tmp_path):
+    command = [sys.executable, *LAUNCH, "--num_processes", "1", str(ROOT / "scripts" / "train_tokenizer.py")]
+    options = [*TINY_TOKENIZER, "--training.total_steps", "1000000", "--training.eval_every", "5", "--output", "run"]
+    log = (tmp_path / "log").open("w")
+    launcher = subprocess.Popen([*command, *options], cwd=tmp_path, env=ENVIRONMENT, stdout=log, stderr=log)
+    log.close()
+    wait_for(lambda: (tmp_path / "run/stage_one/log.jsonl").exists(), "the first evaluation")
+    launcher.terminate()
+    launcher.wait(60)
+    wait_for(lambda: "state saved" in (tmp_path / "log").read_text(), "the saved state")
+    wait_for(lambda: not (tmp_path / "run/stage_one/.lock-owner.json").exists(), "the process's end")
+    assert len(list((tmp_path / "run/stage_one/state").glob("step-*"))) == 1
+
+
+def wait_for(condition, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.1)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from pipelines.checkpoint import build_prior, build_tokenizer
 from pipelines.ema import EMA
 from pipelines.files import folder_lock
 from pipelines.images import DataConfig, load_images
-from pipelines.launch import make_accelerator
+from pipelines.launch import cpu_computes_bf16, make_accelerator
 from pipelines.objectives import PriorLoss, TokenizerLoss
 from pipelines.training import NonFiniteLossError, TrainingConfig, Update, adamw, evaluate, fit
 from tests import tiny
@@ -66,6 +67,7 @@ def make(model: str, config: TrainingConfig = CONFIG, noise: bool = True):
 
 
 def train(model: str, folder, config: TrainingConfig = CONFIG, on_evaluate=None, change=lambda objective: None):
+    AcceleratorState._reset_state(reset_partial_state=True)  # it settles once per process on precision and device
     objective, train_data, validation_data = make(model, config)
     change(objective)
     resolved = {"model": model, "training": dict(vars(config))}
@@ -287,3 +289,37 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched, but accelerate sees 1"):
         make_accelerator(CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("wandb", "'wandb' is not installed"), ("tensorbord", "did you mean 'tensorboard'")]
+)
+def test_a_tracker_that_cannot_be_had_is_refused(name, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_accelerator(replace(CONFIG, tracker=name), tmp_path)
+
+
+def test_bf16_on_a_cpu_without_bf16_units_is_refused(tmp_path):
+    if cpu_computes_bf16():
+        pytest.skip("this CPU has bf16 units")
+    with pytest.raises(ValueError, match="over twice as slow"):
+        train("gpt", tmp_path, replace(CONFIG, mixed_precision="bf16"))
+
+
+@pytest.mark.parametrize("model", ["vqvae-ema_vq", "gpt"])
+def test_training_under_bf16_autocast_keeps_weights_and_codebook_in_float32(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.launch.cpu_computes_bf16", lambda: True)  # slow, but it computes
+    result = train(model, tmp_path, replace(CONFIG, mixed_precision="bf16"))
+    plain = train(model, tmp_path / "float32", CONFIG)
+    assert {t.dtype for t in result.weights.values() if t.is_floating_point()} == {torch.float32}
+    assert result.metrics["nll"] == pytest.approx(plain.metrics["nll"], rel=0.02)
+    assert result.metrics["nll"] != plain.metrics["nll"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["vqvae-ema_vq", "gpt"])
+def test_a_compiled_model_trains_alike_and_is_saved_under_the_same_names(model, tmp_path):
+    compiled = train(model, tmp_path / "compiled", replace(CONFIG, compile=True))
+    plain = train(model, tmp_path / "plain")
+    assert compiled.weights.keys() == plain.weights.keys()
+    assert compiled.metrics["nll"] == pytest.approx(plain.metrics["nll"], rel=1e-3)
