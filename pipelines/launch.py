@@ -50,7 +50,7 @@ def make_accelerator(config, folder: Path) -> Accelerator:
 
 
 def check_tracker(name: str) -> None:
-    """Raises ValueError for a tracker that accelerate does not know or that is not installed; it would go on without."""
+    """Raises ValueError for a tracker that is unknown or not installed; accelerate would go on without one."""
     known = [str(tracker) for tracker in LoggerType]
     if name not in ("none", *known):
         raise ValueError(f"unknown training.tracker '{name}'{nearest_known(name, ['none', *known])}")
