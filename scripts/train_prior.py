@@ -94,6 +94,7 @@ def main() -> None:
         prior.load_state_dict(result.weights)
         if folder.resolve() != run.resolve():
             save_model(tokenizer, folder / "tokenizer")
+            save_config(folder / "stage_one" / "config.yaml", read_yaml(run / "stage_one" / "config.yaml"))
         save_model(prior, folder / "prior")
         save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics)
         save_samples(prior, tokenizer, folder / "samples.png")

@@ -135,6 +135,14 @@ def test_finished_commands_run_again_change_nothing(run_folder):
     assert Pipeline.from_pretrained(run_folder).has_stage_two
 
 
+def test_a_prior_in_a_folder_of_its_own_can_be_evaluated(run_folder, tmp_path):
+    done = run(tmp_path, "train_prior", "--run", str(run_folder), "--output", "own", *TINY_PRIOR, *SHORT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = run(tmp_path, "evaluate", "--run", "own", "--data.max_images", "20")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "bits_per_dim" in done.stdout
+
+
 def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run_folder, other)
