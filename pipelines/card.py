@@ -14,6 +14,9 @@ def model_card(pipeline) -> str:
     data = ModelCardData(library_name="tessera", tags=["image-tokenizer", "vector-quantization"],
                          pipeline_tag="unconditional-image-generation")  # fmt: skip
     classes = f"class-conditional ({prior.num_classes} classes)" if prior.num_classes else "unconditional"
+    names = [name.replace("|", "\\|") for name in pipeline.class_names if prior.num_classes]
+    listed = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    class_row = f"\n| classes | {listed} |" if names else ""
     stage_two = f"`{type(prior).__name__}`, {classes}" if pipeline.has_stage_two else "none: the tokenizer's own prior"
     return f"""---
 {data.to_yaml()}
@@ -25,8 +28,8 @@ def model_card(pipeline) -> str:
 |---|---|
 | images | {channels} x {height} x {width} |
 | codes | {levels} |
-| tokenizer | `{type(tokenizer).__name__}`, {_millions(tokenizer)} parameters |
-| prior | {stage_two}, {_millions(prior)} parameters |
+| tokenizer | `{type(tokenizer).__name__}`, {_count(tokenizer)} parameters |
+| prior | {stage_two}, {_count(prior)} parameters |{class_row}
 
 ```python
 from pipelines import Pipeline
@@ -40,8 +43,8 @@ images = Pipeline.from_pretrained("path/to/this/folder").sample(16)
 """
 
 
-def _millions(model) -> str:
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M"
+def _count(model) -> str:
+    return f"{sum(p.numel() for p in model.parameters()):,}"
 
 
 def _metrics_table(metrics: dict) -> str:

@@ -7,6 +7,7 @@ A *model folder* is `config.json` (with its "type") and `model.safetensors`: wha
 import hashlib
 import inspect
 import json
+import os
 import re
 import shutil
 import threading
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from pipelines.files import MANIFEST, atomic_folder, check_manifest, read_json, write_json_atomic
+from pipelines.files import MANIFEST, atomic_folder, check_manifest, naming, read_json, write_json_atomic
 from prior import PRIORS
 from prior.base import CodeSpec, Prior
 from tokenizer import TOKENIZERS
@@ -263,12 +264,24 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.touch()  # with the mode that the umask says; safetensors makes it 0600
     mode = path.stat().st_mode
     # safetensors takes neither views of one storage nor other memory formats
-    save_file(
-        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-        path,
-        metadata={"format": "pt"},  # transformers asks for it
-    )
+    whole = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    with naming(path), _system_errors():
+        save_file(whole, path, metadata={"format": "pt"})  # transformers asks for it
     path.chmod(mode)
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Gives a full disk, which safetensors reports as an error of its own, as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def resolve_folder(path_or_id: str | Path, **download_options) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from prior.base import PriorConfig
 from tokenizer.base import TokenizerConfig
@@ -18,6 +18,13 @@ from tokenizer.registry import lookup, nearest_known
 
 # What a model's surroundings determine (data, codes, another model) is never typed by a user.
 IMPLIED = {field.name for config in (TokenizerConfig, PriorConfig) for field in fields(config)}
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Keeps the lines of a script's docstring, with the commands in it, as they are."""
+
+    def _fill_text(self, text, width, indent):
+        return text.strip()
 
 
 class Parser(ArgumentParser):
@@ -45,10 +52,29 @@ def explain(message: str, known: list[str]) -> str:
         choices = re.findall(r"[\w.]+", found[2])
         field = re.search(r"argument --([\w.]+)", message)
         return f"unknown value '{found[1]}'{f' for {field[1]}' if field else ''}{nearest_known(found[1], choices)}"
-    if found := re.search(r'key "([\w.]+)": Expected a typing\.Literal\[(.*)\]\. Got value: (.*)', message):
-        choices = re.findall(r"[\w.]+", found[2])
-        return f"unknown value '{found[3]}' for {found[1]}{nearest_known(found[3], choices)}"
+    union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
+    if found := re.search(rf'key "([\w.]+)": (?:Expected a (.*?)\. Got value: (.*)|{union})', message):
+        name, kinds, value = found[1], found[2] or found[4], found[3] or found[5]
+        if literal := re.search(r"typing\.Literal\[(.*?)\]", kinds):
+            choices = re.findall(r"[\w.]+", literal[1])
+            return f"unknown value '{value}' for {name}{nearest_known(value, choices)}"
+        return f"{name} must be {_in_words(kinds)}, got {value}"
     return message
+
+
+def _in_words(kinds: str) -> str:
+    """Types as a user may type them: "tuple[int, int], <class 'NoneType'>" -> "[int, int] or null"."""
+    kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds)
+    kinds = re.sub(r"\btuple(\[[^]]*\])", r"\1", kinds)
+    kinds = re.sub(r"\blist\[([^]]*)\]", r"[\1, ...]", kinds)
+    words = {
+        "int": "an integer",
+        "float": "a finite number",
+        "bool": "true or false",
+        "str": "text",
+        "NoneType": "null",
+    }
+    return " or ".join(words.get(kind, kind) for kind in re.split(r", (?![^\[]*\])", kinds))
 
 
 def _nearest_field(name: str, known: list[str]) -> str:
@@ -89,15 +115,26 @@ def parse(
         options: a dataclass of fields outside any section (--output and the like).
         argv: arguments; None takes those of the process.
         defaults: gives {section: {field: value}}, a recipe in place of the dataclasses' own defaults; what it says
-            of other types than those chosen is passed over. Not called for --help.
+            of other types than those chosen is passed over. If it fails, --help does without.
     Returns:
         {option: value, section: {field: value}} with every default filled in; made of what YAML can hold.
     Exits:
         with status 2 and one line on standard error for an unknown field or value; with 0 after --help.
     """
-    parser = Parser(description=description, default_env=False, allow_abbrev=False)
+    parser = Parser(
+        description=description,
+        usage="%(prog)s [--config FILE] [--FIELD VALUE ...]",
+        formatter_class=HelpFormatter,
+        default_env=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file of any of the fields below")
-    recipe = {} if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv) else defaults()
+    try:
+        recipe = defaults()
+    except (ValueError, OSError):
+        if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+            raise
+        recipe = {}
     try:
         chosen = _chosen_types(argv, sections, recipe)
     except ValueError as error:  # a broken file

@@ -1,6 +1,7 @@
 """Everything that is measured of a pipeline on held-out images, as one flat dict."""
 
 import torch
+from tqdm import tqdm
 
 from pipelines.likelihood import evaluate_likelihood
 from pipelines.metrics import CodeCounts, psnr
@@ -13,11 +14,15 @@ def evaluate_pipeline(pipeline, images, *, batch_size: int = 128) -> dict[str, f
     Returns:
         psnr (dB, mean over images), mse; codebook_usage and perplexity (by level where there are several); what
         `evaluate_likelihood` returns, with uniform_nats_per_code, which a prior must beat, beside prior_nats_per_code.
+    Raises:
+        ValueError: batch_size is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     tokenizer = pipeline.tokenizer
     counts = CodeCounts(tokenizer.spec).to(pipeline.device)
     psnrs, squares = [], []
-    for start in range(0, len(images), batch_size):
+    for start in tqdm(range(0, len(images), batch_size), desc="reconstruction", unit="batch", disable=None):
         keys = list(range(start, min(start + batch_size, len(images))))
         originals = images.collate(images.__getitems__(keys))["image"].to(pipeline.device)
         codes = tokenizer.encode(originals)

@@ -235,9 +235,9 @@ class ImageDataset(Dataset):
         def guarded(index: int):
             try:
                 return function(index)
-            except BadImageError:
+            except BadImageError as error:
                 if not self._skip:
-                    raise
+                    raise BadImageError(f"{error}; mend or remove it, or set on_bad_image to skip") from error
                 return None
 
         quiet = len(indices) < 2000 or os.environ.get("LOCAL_RANK", "0") != "0"

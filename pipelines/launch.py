@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import GradientAccumulationPlugin, LoggerType
 
 from tokenizer.registry import nearest_known
 
@@ -30,7 +30,8 @@ def make_accelerator(config, folder: Path) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # The plain argument gives way to a variable of the environment, and the loop would count otherwise
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=folder,
         # Codebooks are made equal by their own all-reduce; a broadcast would throw away what other processes counted.
@@ -64,12 +65,26 @@ def cpu_computes_bf16() -> bool:
 
 
 def end_with_the_launcher() -> None:
-    """Lets this process be told when its launcher dies, which would otherwise leave it training unseen (Linux)."""
-    if sys.platform == "linux":
+    """Lets this process be told when its launcher dies, which would otherwise leave it training unseen (Linux).
+
+    Without a launcher the parent is a shell, whose end must not stop a run started with nohup.
+    """
+    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+    if launched and sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        # It may have died before, while this process imported; in a container process 1 can be the launcher itself
+        parent = Path("/proc/1/cmdline").read_bytes()
+        if os.getppid() == 1 and b"accelerate" not in parent and b"torch" not in parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ignore_stop_signals(worker_id: int) -> None:
+    """For processes that load data: a signal to the whole group must not take them from a run that will save first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:

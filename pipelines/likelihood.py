@@ -28,7 +28,8 @@ def evaluate_likelihood(pipeline, dataset, *, batch_size: int = 128, progress: b
     """
     tokenizer, prior, device = pipeline.tokenizer, pipeline.prior, pipeline.device
     columns: dict[str, list[Tensor]] = {"distortion": [], "rate": [], "conditional": []}
-    for start in tqdm(range(0, len(dataset), batch_size), desc="likelihood", disable=None if progress else True):
+    starts = range(0, len(dataset), batch_size)
+    for start in tqdm(starts, desc="likelihood", unit="batch", disable=None if progress else True):
         keys = list(range(start, min(start + batch_size, len(dataset))))
         batch = dataset.collate(dataset.__getitems__(keys))
         images = batch["image"].to(device)

@@ -33,6 +33,20 @@ def perplexity(counts: Tensor) -> float:
     return torch.special.entr(probabilities).sum().exp().item()
 
 
+# A codebook of at least this many entries has collapsed below these fractions of usage or of the largest perplexity
+SMALLEST_CODEBOOK = 16
+COLLAPSED_USAGE = 0.1
+COLLAPSED_PERPLEXITY = 0.05
+
+
+def has_collapsed(counts: Tensor) -> bool:
+    """Whether hardly any codes occur, from counts (K,); False where too few codes were counted to tell."""
+    size = len(counts)
+    if size < SMALLEST_CODEBOOK or counts.sum() < 4 * size:
+        return False
+    return codebook_usage(counts) < COLLAPSED_USAGE or perplexity(counts) < COLLAPSED_PERPLEXITY * size
+
+
 class CodeCounts(nn.Module):
     """How often each code of each level occurred, over all processes.
 
@@ -51,7 +65,8 @@ class CodeCounts(nn.Module):
     def add(self, codes: Codes) -> None:
         for level, code in enumerate(codes):
             pending = self.get_buffer(f"pending_{level}")
-            pending += torch.bincount(code.flatten(), minlength=len(pending))
+            code = code.flatten()  # bincount would wait for the device
+            pending.index_add_(0, code, torch.ones_like(code))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -75,4 +90,17 @@ class CodeCounts(nn.Module):
             counts = self.get_buffer(f"total_{level}")
             result[f"codebook_usage{suffix}"] = codebook_usage(counts)
             result[f"perplexity{suffix}"] = perplexity(counts)
+        return result
+
+    def complaints(self) -> dict[str, str]:
+        """For each level whose codebook has collapsed, what is seen of it and what helps."""
+        result = {}
+        for level in range(self.num_levels):
+            counts = self.get_buffer(f"total_{level}")
+            if has_collapsed(counts):
+                result[f"codebook of level {level}"] = (
+                    f"the codebook of level {level} has collapsed: {codebook_usage(counts):.1%} of its {len(counts)} "
+                    f"codes are used, perplexity {perplexity(counts):.1f}. Lower training.learning_rate, take the "
+                    "quantizer's init 'kmeans', raise revive_below of 'ema_vq', or take a smaller codebook"
+                )
         return result

@@ -42,6 +42,10 @@ class Objective(nn.Module, ABC):
         """What was counted over the epoch, or over the validation data in evaluation; equal on all processes."""
         return {}
 
+    def complaints(self) -> dict[str, str]:
+        """What is wrong with what was counted, by subject, to be said once each; with numbers and advice."""
+        return {}
+
 
 class TokenizerLoss(Objective):
     """A tokenizer's own losses. Values per image: nll (nats/dim of the decoder), mse, psnr (dB)."""
@@ -84,6 +88,9 @@ class TokenizerLoss(Objective):
             return self.train_counts.summary()
         self.evaluation_counts.merge()
         return self.evaluation_counts.summary()
+
+    def complaints(self) -> dict[str, str]:
+        return self.evaluation_counts.complaints() | self.train_counts.complaints()
 
 
 class PriorLoss(Objective):

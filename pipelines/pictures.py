@@ -28,6 +28,14 @@ def save_grid(images: Tensor, path: Path, *, columns: int) -> Path:
     return path
 
 
+def check_picture(path: Path, columns: int) -> None:
+    """Raises ValueError where `save_grid` could not write, before the work on its images is done."""
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    if path.is_dir() or path.suffix.lower() != ".png":
+        raise ValueError(f"the picture is written as PNG, got '{path}'; name a file that ends in .png")
+
+
 def side_by_side(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
     """Rows of originals with the row of their reconstructions below each: (2B, C, H, W)."""
     rows = zip(originals.split(columns), reconstructions.split(columns))
@@ -38,13 +46,15 @@ def side_by_side(originals: Tensor, reconstructions: Tensor, columns: int) -> Te
 def save_reconstructions(tokenizer: Tokenizer, images: Dataset, path: Path, *, num_images: int = 32) -> Path:
     """Writes a grid of images taken evenly from the whole set, the reconstruction of each below it."""
     device = next(tokenizer.parameters()).device
-    indices = torch.linspace(0, len(images) - 1, min(num_images, len(images))).long().tolist()
+    columns = min(16, len(images))
+    count = min(num_images, len(images)) // columns * columns  # whole rows: each original above its reconstruction
+    indices = torch.linspace(0, len(images) - 1, count).long().tolist()
     originals = images.collate(images.__getitems__(indices))["image"].to(device)
     training = tokenizer.training
     tokenizer.eval()
     reconstructions = tokenizer.decode(tokenizer.encode(originals))
     tokenizer.train(training)
-    return save_grid(side_by_side(originals, reconstructions, 16), path, columns=16)
+    return save_grid(side_by_side(originals, reconstructions, columns), path, columns=columns)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import yaml
 
@@ -20,7 +21,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Calls `main`; a user's mistake ends with status 1 and one line, unless TESSERA_TRACEBACK is set."""
     try:
         main()
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -44,6 +45,32 @@ def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:
     if not found:
         raise ValueError(f"no run under {runs.absolute()} has {containing}; train a tokenizer first, or give --run")
     return found[-1].parents[len(Path(containing).parts) - 1]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device named, or an accelerator where there is one. Raises ValueError for one that cannot be used here."""
+    # Of a CUDA build, current_accelerator() names the GPU also on a machine that has none
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        known = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
+        raise ValueError(f"device '{name}' cannot be used here; take {known}") from error
+
+
+def say_skipped(*data_sets: ImageDataset) -> None:
+    """Names and counts the files that were left out, once per machine, on standard error."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    for images in data_sets:
+        if images.skipped:
+            named = ", ".join(map(str, images.skipped[:10])) + (", ..." if len(images.skipped) > 10 else "")
+            count = len(images.skipped)
+            print(
+                f"left out {count} unreadable of {count + len(images)} {images.split} images: {named}", file=sys.stderr
+            )
 
 
 def save_config(path: Path, config: dict) -> None:
@@ -71,6 +98,7 @@ def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str) -> Ima
         ValueError: the data would be prepared in another way, with each difference.
     """
     images = load_images(config, split)
+    say_skipped(images)
     changed = differences(tokenizer.config.preprocessing, images.preprocessing)
     if changed:
         listed = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())

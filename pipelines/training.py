@@ -7,13 +7,13 @@ generators cannot be exact in the middle of an epoch, because loaders draw ahead
 
 import json
 import math
-import os
+import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +35,8 @@ from pipelines.batches import StepBatches, derived_seed
 from pipelines.checkpoint import load_state, newest_state, save_state
 from pipelines.config import differences, flatten
 from pipelines.ema import EMA
-from pipelines.files import folder_lock, write_json_atomic
-from pipelines.launch import StopRequest
+from pipelines.files import atomic_file, folder_lock, naming, read_json, write_json_atomic
+from pipelines.launch import StopRequest, ignore_stop_signals
 from pipelines.objectives import Objective
 
 # Fields that may change between a run and its continuation without making it another run.
@@ -49,6 +49,8 @@ FREE_TO_CHANGE = (
 
 # Codebooks start from one pass without gradients over this many images at most
 LARGEST_INITIAL_BATCH = 256
+# Under fp16 a scale that is too large costs a few steps; so many in a row are not the scale's doing
+MOST_SKIPPED_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,9 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "max_grad_norm", "num_workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"training.{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}")
         if not self.learning_rate > 0:
@@ -148,7 +153,7 @@ class FitResult:
 
 @dataclass
 class _Progress:
-    """All that a state holds beside tensors."""
+    """How far the run is; the step is in the state, the rest in best/."""
 
     step: int = 0
     best_step: int = 0
@@ -189,6 +194,7 @@ def fit(
     folder: Path,
     config: TrainingConfig,
     resolved: dict,
+    on_start: Callable[[], None] | None = None,
     on_evaluate: Callable[[int, nn.Module], None] | None = None,
 ) -> FitResult:
     """Trains, evaluates, and returns the best weights.
@@ -201,15 +207,19 @@ def fit(
         folder: receives state/, best/, log.jsonl and the trackers' files.
         config: see `TrainingConfig`.
         resolved: the whole configuration of the run, by which a continued run is known to be the same.
+        on_start: called on the main process once the folder is known to be this run's, for what it may overwrite there.
         on_evaluate: called as on_evaluate(step, model) on the main process at every evaluation, for pictures.
     Raises:
         ValueError: the folder belongs to another configuration, or the batch does not divide.
-        NonFiniteLossError: a loss or gradient is not finite.
+        NonFiniteLossError: a loss, a gradient or the validation metric is not finite.
+        MemoryError: a step does not fit into memory.
         SystemExit: 128 + signal number, once the state is saved, after SIGTERM or SIGINT.
     """
     lock = folder_lock(folder) if accelerator.is_main_process else nullcontext()
     with lock, StopRequest() as stop:
         run = _Run(accelerator, updates, train_data, validation_data, folder, config, resolved, on_evaluate)
+        if on_start and accelerator.is_main_process:
+            on_start()
         return run.train(stop)
 
 
@@ -221,6 +231,9 @@ class _Run:
         self.train_data, self.validation_data, self.resolved = train_data, validation_data, resolved
         self.on_evaluate = on_evaluate
         self.progress = _Progress()
+        self.complaints: set[str] = set()
+        self.skipped_steps = 0
+        self.state = newest_state(folder / "state")
         self.batches = self._step_batches(0)  # fails now, not after the model is prepared
         self._prepare()
         self._resume()
@@ -234,11 +247,9 @@ class _Run:
             window = _LossWindow(accelerator)
             bar = self._progress_bar()
             for step in range(start_step, config.total_steps):
-                if step > 0 and self.batches.epoch(step) != self.batches.epoch(step - 1):
-                    self._log(step, {f"epoch/{k}": v for k, v in self.objective.summary().items()})
-                    self.objective.start_epoch()
-                for micro_batch in range(config.gradient_accumulation_steps):
-                    window.add(self._micro_step(step, micro_batch, next(batches)))
+                with _naming_memory(config):
+                    for micro_batch in range(config.gradient_accumulation_steps):
+                        window.add(self._micro_step(step, micro_batch, next(batches)))
                 for ema in self.emas:
                     ema.update(step)
                 for update in self.updates:
@@ -252,8 +263,12 @@ class _Run:
                     values |= window.rate(config.batch_size // config.gradient_accumulation_steps)
                     bar.set_postfix_str(_brief(values))
                     self._log(progress.step, {f"train/{k}": v for k, v in values.items()})
+                paused = time.monotonic()
                 if progress.step % config.eval_every == 0 or last:
                     self._evaluate()
+                if self.batches.epoch(progress.step) != self.batches.epoch(step):
+                    # Before the state is saved: a continued run would otherwise log this epoch again
+                    self._end_epoch()
                 stopped = stop.agreed(accelerator)
                 if progress.step % config.save_every == 0 or last or stopped:
                     self._save()
@@ -263,8 +278,11 @@ class _Run:
                     accelerator.print(f"stopped by signal {stop.signal_number} at step {progress.step}, state saved; "
                                       "run the same command to go on")  # fmt: skip
                     raise SystemExit(128 + stop.signal_number)
+                window.started += time.monotonic() - paused  # images/s are those of training alone
             bar.close()
             self._finish_trackers()
+        if not progress.best_metrics:  # best/ of a finished run was deleted or damaged
+            self._evaluate()
         steps_run = max(0, config.total_steps - start_step)
         return FitResult(progress.best_step, progress.best_metrics, self._best_weights(), steps_run)
 
@@ -275,7 +293,7 @@ class _Run:
         from transformers.optimization import get_scheduler  # a second of imports
 
         self.schedulers, self.emas = [], []
-        if newest_state(self.folder / "state") is None:
+        if self.state is None:
             self._initialize()
         for update in self.updates:
             if self.config.compile:
@@ -304,8 +322,11 @@ class _Run:
             update.module.to(self.accelerator.device).initialize(batch)
 
     def _resume(self) -> None:
-        state = newest_state(self.folder / "state")
+        state = self.state
         if state is None:
+            if self.accelerator.is_main_process:  # what a run left that was killed before its first state
+                shutil.rmtree(self.folder / "best", ignore_errors=True)
+                (self.folder / "log.jsonl").unlink(missing_ok=True)
             return
         tensors, info = load_state(state)
         self._check_same_run(info, state)
@@ -319,11 +340,19 @@ class _Run:
             scheduler.load_state_dict(saved["scheduler"])
         if self.accelerator.scaler is not None and info["scaler"]:
             self.accelerator.scaler.load_state_dict(info["scaler"])
-        self.progress = _Progress(info["step"], info["best_step"], info["best_metrics"])
+        self.progress = _Progress(info["step"], *self._best_on_disk())
         self.batches = self._step_batches(self.progress.step)
         if self.accelerator.is_main_process:
             _drop_log_after(self.folder / "log.jsonl", self.progress.step)
         self.accelerator.print(f"continuing from step {self.progress.step} ({state})")
+
+    def _best_on_disk(self) -> tuple[int, dict[str, float]]:
+        """Step and metrics of the weights in best/, which after a kill may be newer than those in the state."""
+        best = newest_state(self.folder / "best")
+        if best is None:
+            return 0, {}
+        info = read_json(best / "state.json")
+        return info["step"], info["metrics"]
 
     def _micro_step(self, step: int, micro_batch: int, batch: dict) -> dict[str, Tensor]:
         accelerator, logged = self.accelerator, {}
@@ -348,8 +377,12 @@ class _Run:
 
     def _check_finite(self, step: int, norm: Tensor, losses: dict[str, Tensor]) -> None:
         # Gradients are averaged over processes before this point: what is not finite on one is so on all
-        if self.accelerator.scaler is not None or torch.isfinite(norm):
+        if torch.isfinite(norm):
+            self.skipped_steps = 0
             return
+        self.skipped_steps += 1
+        if self.accelerator.scaler is not None and self.skipped_steps < MOST_SKIPPED_STEPS:
+            return  # the scaler leaves this step out and lowers its scale
         broken = [name for name, value in losses.items() if not torch.isfinite(value)]
         keys = [self.batches.keys(step, micro) for micro in range(self.config.gradient_accumulation_steps)]
         rank = self.accelerator.process_index
@@ -362,8 +395,11 @@ class _Run:
         )
 
     def scheduler_step(self) -> None:
-        for scheduler in self.schedulers:
-            scheduler.step()
+        with warnings.catch_warnings():
+            # Under fp16 the first optimizer step may be left out; the schedule is one of our steps all the same
+            warnings.filterwarnings("ignore", message=".*optimizer.step", category=UserWarning)
+            for scheduler in self.schedulers:
+                scheduler.step()
 
     def learning_rate(self) -> float:
         return self.schedulers[0].get_last_lr()[0]
@@ -371,7 +407,9 @@ class _Run:
     def _evaluate(self) -> None:
         accelerator, progress = self.accelerator, self.progress
         with self.emas[0].applied():
-            metrics = evaluate(accelerator, self.module, self.validation_data, self.config.batch_size)
+            # What fits into memory while training does so here
+            size = self.config.batch_size // self.config.gradient_accumulation_steps
+            metrics = evaluate(accelerator, self.module, self.validation_data, size)
             self._log(progress.step, {f"validation/{k}": v for k, v in metrics.items()})
             # Under FSDP a picture would need all processes to sample together
             if (
@@ -380,13 +418,21 @@ class _Run:
                 and accelerator.distributed_type != DistributedType.FSDP
             ):
                 self.on_evaluate(progress.step, self.objective.model)
+            self._complain()
             name = self.objective.best_metric
+            if not math.isfinite(metrics[name]):
+                raise NonFiniteLossError(
+                    f"step {progress.step}: validation {name} is {metrics[name]}; the last state is kept. "
+                    "Lower training.learning_rate, or look at the validation data"
+                )
             best = progress.best_metrics.get(name, math.inf)
             if metrics[name] < best:
                 progress.best_step, progress.best_metrics = progress.step, metrics
                 weights = _get_weights(self.module)
                 if accelerator.is_main_process:
-                    save_state(self.folder / "best", progress.step, {"weights": weights}, {"metrics": metrics}, keep=1)
+                    kept = save_state(self.folder / "best", progress.step, {"weights": weights}, {"metrics": metrics})
+                    for other in set(kept.parent.glob("step-*")) - {kept}:  # earlier or, after a fall back, later ones
+                        shutil.rmtree(other)
         accelerator.wait_for_everyone()
         self._say(f"step {progress.step}: validation {_brief(metrics)}")
         if (progress.step - progress.best_step) // self.config.eval_every == 3:  # said once, not at every evaluation
@@ -394,6 +440,20 @@ class _Run:
                 f"step {progress.step}: validation {name} {metrics[name]:.4f} has not improved on {best:.4f} of step "
                 f"{progress.best_step}: the model overfits; the best weights are kept",
             )
+
+    def _end_epoch(self) -> None:
+        self._log(self.progress.step, {f"epoch/{k}": v for k, v in self.objective.summary().items()})
+        self._complain()
+        self.objective.start_epoch()
+
+    def _complain(self) -> None:
+        """Says what the objective finds wrong with what it counted, once each; not before training is under way."""
+        if self.progress.step < min(self.config.warmup_steps, self.config.total_steps):
+            return
+        for subject, text in self.objective.complaints().items():
+            if subject not in self.complaints:
+                self.complaints.add(subject)
+                self._say(f"step {self.progress.step}: {text}")
 
     def _save(self) -> None:
         tensors, infos = {}, {}
@@ -407,10 +467,10 @@ class _Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             info = {
-                **{k: v for k, v in asdict(self.progress).items() if k != "step"},
                 "updates": infos,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "num_processes": self.accelerator.num_processes,
+                "surroundings": self._surroundings(),
                 "config": self.resolved,
                 "torch": torch.__version__,
             }
@@ -425,17 +485,25 @@ class _Run:
     # Smaller parts
     # --------------------------------------------------------------------------------------------
 
+    def _surroundings(self) -> dict:
+        """What decides the run beside its configuration."""
+        return {
+            "training images": len(self.train_data),
+            "validation images": len(self.validation_data),
+            "mixed precision": self.accelerator.mixed_precision,
+        }
+
     def _check_same_run(self, info: dict, state: Path) -> None:
         changed = {
             name: values
             for name, values in differences(info["config"], self.resolved).items()
             if name not in FREE_TO_CHANGE
-        }
+        } | differences(info.get("surroundings", {}), self._surroundings())
         if changed:
             listed = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
             raise ValueError(
                 f"{state} was trained with another configuration ({listed}). "
-                "Give the old values to continue it, or another --output to start anew"
+                f"Give the old values to continue it; to start anew, give another --output or remove {self.folder}"
             )
         processes = self.accelerator.num_processes
         if info["num_processes"] != processes and not self.config.allow_process_count_change:
@@ -464,6 +532,7 @@ class _Run:
                 collate_fn=self.train_data.collate,
                 num_workers=self.config.num_workers,
                 pin_memory=self.accelerator.device.type == "cuda",
+                worker_init_fn=ignore_stop_signals,
             )
         )
 
@@ -495,8 +564,11 @@ class _Run:
             return
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            # JSON has no infinity, which the norm of gradients is in a step that fp16 leaves out
+            line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+            path = self.folder / "log.jsonl"
+            with naming(path), path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -607,10 +679,26 @@ def _set_optimizer(update: Update, tensors: dict[str, Tensor], param_groups: lis
 def _drop_log_after(path: Path, step: int) -> None:
     """Removes lines that a continued run will write again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        with atomic_file(path) as file:
+            for line in path.read_bytes().splitlines(keepends=True):
+                # A line that a killed run or a full disk cut off has no end
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    file.write(line)
+
+
+@contextmanager
+def _naming_memory(config: TrainingConfig) -> Iterator[None]:
+    """Says what to do where a step does not fit into memory. The CPU's allocator raises a plain RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError(
+            f"out of memory with batches of {config.batch_size} in {config.gradient_accumulation_steps} micro-batches; "
+            f"set training.gradient_accumulation_steps {2 * config.gradient_accumulation_steps} (with another --output "
+            f"if this run has a state), which trains alike in less memory, or a smaller model ({error})"
+        ) from error
 
 
 def _brief(values: dict[str, float]) -> str:

@@ -172,6 +172,8 @@ class Pipeline:
         if num_images is None:
             several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
             num_images = len(class_labels) if several else 1
+        if not isinstance(num_images, Integral):
+            raise ValueError(f"num_images must be an integer, got {num_images!r}; class labels are the second argument")
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
         generators = ImageNoise(num_images, generator, torch.device("cpu")).generators
@@ -183,7 +185,7 @@ class Pipeline:
                 size = part.stop - part.start
 
                 def advance(done: int, total: int, start=start, size=size):
-                    bar.n = start + size * done / total
+                    bar.n = start + size * done // total
                     bar.refresh() if done == total else bar.update(0)
 
                 codes = self.prior.sample(
@@ -211,7 +213,7 @@ class Pipeline:
     def decode(self, codes: Codes, *, generator: torch.Generator | None = None, output_type: str = "pil"):
         """Images of codes; see `sample` for `output_type`."""
         _check_output_type(output_type)
-        codes = tuple(code.to(self.device) for code in codes)
+        codes = tuple(torch.as_tensor(code, device=self.device) for code in codes)
         self.tokenizer.spec.check(codes)
         return _output(self.tokenizer.decode(codes, generator), output_type)
 
@@ -268,7 +270,8 @@ class Pipeline:
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, Tensor):
-            if not images or not all(isinstance(image, Image.Image) for image in images):
+            pictures = isinstance(images, Sequence) and all(isinstance(image, Image.Image) for image in images)
+            if not pictures or not images:
                 raise ValueError("images must be PIL images, or one tensor (batch, channels, height, width)")
             preprocessing = self.tokenizer.config.preprocessing
             images = torch.stack([preprocess_image(image, preprocessing) for image in images])
@@ -309,17 +312,25 @@ def check_codes_belong(codes, tokenizer: Tokenizer) -> None:
 
 def save_stage_one(folder: Path, tokenizer: Tokenizer, class_names: Sequence[str], metrics: dict) -> None:
     """Makes a run folder a pipeline with the tokenizer's own prior, unless it already has one that belongs."""
+    measured = _named("tokenizer", metrics)
     try:
-        Pipeline.from_pretrained(folder)
+        known = Pipeline.from_pretrained(folder)
+        if known.has_stage_two or measured.items() <= known.metrics.items():
+            return  # the tokenizer is the one described there already
     except ValueError:
-        pipeline = Pipeline(tokenizer, class_names=class_names, metrics=_named("tokenizer", metrics))
-        pipeline.save_index(folder)
+        if (folder / "prior").exists():
+            print(f"{folder / 'prior'} does not belong to this tokenizer and is left out of the pipeline; "
+                  f"to train another, remove {folder / 'stage_two'}")  # fmt: skip
+    Pipeline(tokenizer, class_names=class_names, metrics=measured).save_index(folder)
 
 
 def save_stage_two(folder: Path, tokenizer: Tokenizer, prior: Prior, class_names: Sequence[str], metrics: dict) -> None:
     """Enters a trained prior into the index of a run folder, with what was measured of it."""
     known = _read_index(folder)["metrics"] if (folder / INDEX_NAME).is_file() else {}
-    pipeline = Pipeline(tokenizer, prior, class_names=class_names, metrics={**known, **_named("prior", metrics)})
+    measured = _named("prior", metrics)
+    if not measured.items() <= known.items():  # numbers of the pipeline with another prior are no longer true
+        known = {name: value for name, value in known.items() if name.startswith("validation tokenizer ")}
+    pipeline = Pipeline(tokenizer, prior, class_names=class_names, metrics={**known, **measured})
     pipeline.save_index(folder)
 
 

@@ -14,8 +14,9 @@ ensure_torchvision()
 from prior.base import CodeSpec, Prior, PriorConfig  # noqa: E402
 from prior.gpt import GPT  # noqa: E402
 from prior.pixelcnn import PixelCNN  # noqa: E402
+from prior.pixelsnail import PixelSNAIL  # noqa: E402
 from prior.uniform import Uniform  # noqa: E402
 
-PRIORS: dict[str, type[Prior]] = {"uniform": Uniform, "pixelcnn": PixelCNN, "gpt": GPT}
+PRIORS: dict[str, type[Prior]] = {"uniform": Uniform, "pixelcnn": PixelCNN, "pixelsnail": PixelSNAIL, "gpt": GPT}
 
 __all__ = ["PRIORS", "CodeSpec", "Prior", "PriorConfig"]

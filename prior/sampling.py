@@ -117,7 +117,7 @@ class ImageNoise:
     any size. Generators live on the CPU by preference: then a picture is the same on every device.
 
     Raises:
-        ValueError: a list of generators whose length is not the number of images.
+        ValueError: neither a generator nor a list of as many as there are images.
     """
 
     def __init__(
@@ -131,8 +131,10 @@ class ImageNoise:
             source = torch.device("cpu") if generator is None else generator.device
             seeds = torch.randint(2**62, (num_images,), generator=generator, device=source).tolist()
             self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        else:
+        elif isinstance(generator, Sequence):
             self.generators = list(generator)
+        else:
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
         if len(self.generators) != num_images:
             raise ValueError(f"got {len(self.generators)} generators for {num_images} images: give one, or one each")
 

@@ -11,13 +11,11 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from pipelines.config import parse, peek
 from pipelines.evaluation import evaluate_pipeline, format_table
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
-from pipelines.runs import find_run, load_images_for, run_script, saved_data_section
+from pipelines.runs import choose_device, find_run, load_images_for, run_script, saved_data_section
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
 
@@ -47,8 +45,7 @@ def data_of_the_run() -> dict:
 def main() -> None:
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     run = find_run(config["run"], INDEX_NAME)
-    device = config["device"] or torch.accelerator.current_accelerator() or "cpu"
-    pipeline = Pipeline.from_pretrained(run, device=device)
+    pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
     images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), config["split"])
 
     metrics = evaluate_pipeline(pipeline, images, batch_size=config["batch_size"])

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from pipelines.config import parse
-from pipelines.pictures import save_grid
-from pipelines.runs import find_run, run_script
+from pipelines.pictures import check_picture, save_grid
+from pipelines.runs import choose_device, find_run, run_script
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
 
@@ -21,8 +21,8 @@ class Options:
 
     Args:
         run: run folder, pipeline folder or hub id; default the newest pipeline under runs/.
-        num_images: number of images; default 64, or as many as there are class labels.
-        class_labels: class numbers or names, one per image; default drawn uniformly.
+        num_images: number of images; default 64, or as many as class labels are listed.
+        class_labels: class number or name for all images, or a list of them, one per image; default drawn uniformly.
         temperature: divides the logits; 0 takes the most probable code each time.
         top_k: keep only the k most probable codes.
         top_p: keep the smallest set of codes whose probability reaches p.
@@ -36,7 +36,7 @@ class Options:
 
     run: str | None = None
     num_images: int | None = None
-    class_labels: list[int | str] | None = None
+    class_labels: list[int | str] | int | str | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -50,9 +50,14 @@ class Options:
 
 def main() -> None:
     config = parse(__doc__, {}, Options)
-    device = config["device"] or torch.accelerator.current_accelerator() or "cpu"
-    pipeline = Pipeline.from_pretrained(config["run"] or find_run(None, INDEX_NAME), device=device)
-    num_images = config["num_images"] or (None if config["class_labels"] else 64)
+    output = Path(config["output"])
+    check_picture(output, config["columns"])
+    run = config["run"] or find_run(None, INDEX_NAME)
+    pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
+    pipeline.set_progress_bar_config(disable=None)  # in a terminal only
+    num_images = (
+        64 if config["num_images"] is None and not isinstance(config["class_labels"], list) else config["num_images"]
+    )
     images = pipeline.sample(
         num_images,
         config["class_labels"],
@@ -60,7 +65,7 @@ def main() -> None:
         generator=torch.Generator().manual_seed(config["seed"]),
         output_type="pt",
     )
-    print(save_grid(images, Path(config["output"]), columns=config["columns"]))
+    print(save_grid(images, output, columns=config["columns"]))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import torch
 from pipelines.checkpoint import build_prior, load_tokenizer, save_model
 from pipelines.codes import CodeDataset
 from pipelines.config import Polymorphic, has_config_file, parse, peek, read_yaml
+from pipelines.files import read_json
 from pipelines.launch import make_accelerator
 from pipelines.objectives import PriorLoss
 from pipelines.pictures import save_samples
-from pipelines.runs import find_run, run_script, save_config, saved_data_section
+from pipelines.runs import find_run, run_script, save_config
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import check_codes_belong, save_stage_two
 from prior import PRIORS
@@ -44,8 +45,8 @@ class Options:
 
 
 def recipe() -> dict:
-    data = saved_data_section(find_run(peek("run"), CODES))["data"]
-    return read_yaml(DIGITS_RECIPE) if not has_config_file() and data["name"] == "digits" else {}
+    data = read_json(find_run(peek("run"), CODES) / CODES).get("dataset", {})
+    return read_yaml(DIGITS_RECIPE) if not has_config_file() and data.get("name") == "digits" else {}
 
 
 def main() -> None:
@@ -74,8 +75,6 @@ def main() -> None:
     accelerator.print(describe(accelerator, prior, train_codes, validation_codes))
 
     # Training
-    if accelerator.is_main_process:
-        save_config(folder / "stage_two" / "config.yaml", config)
     pictures = folder / "stage_two" / "samples"
     result = fit(
         accelerator,
@@ -85,6 +84,7 @@ def main() -> None:
         folder=folder / "stage_two",
         config=training,
         resolved={**config, "run": None, "output": None, "codes": train_codes.fingerprint},
+        on_start=lambda: save_config(folder / "stage_two" / "config.yaml", config),
         on_evaluate=lambda step, model: save_samples(model, tokenizer, pictures / f"{step:07d}.png"),
     )
 
@@ -94,7 +94,8 @@ def main() -> None:
         prior.load_state_dict(result.weights)
         if folder.resolve() != run.resolve():
             save_model(tokenizer, folder / "tokenizer")
-            save_config(folder / "stage_one" / "config.yaml", read_yaml(run / "stage_one" / "config.yaml"))
+            if (run / "stage_one" / "config.yaml").is_file():  # evaluate.py reads there which data it was
+                save_config(folder / "stage_one" / "config.yaml", read_yaml(run / "stage_one" / "config.yaml"))
         save_model(prior, folder / "prior")
         save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics)
         save_samples(prior, tokenizer, folder / "samples.png")

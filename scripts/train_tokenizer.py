@@ -20,7 +20,7 @@ from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions
-from pipelines.runs import RUNS, run_script, save_config
+from pipelines.runs import RUNS, run_script, save_config, say_skipped
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import save_stage_one
 from tokenizer import TOKENIZERS
@@ -55,6 +55,7 @@ def main() -> None:
     with accelerator.main_process_first():
         train_images = load_images(DataConfig(**config["data"]), "train")
         validation_images = load_images(train_images.config, "validation")
+    say_skipped(train_images, validation_images)
 
     # Model
     torch.manual_seed(training.seed)
@@ -64,8 +65,6 @@ def main() -> None:
     accelerator.print(describe(accelerator, tokenizer, train_images, validation_images))
 
     # Training
-    if accelerator.is_main_process:
-        save_config(folder / "stage_one" / "config.yaml", config)
     pictures = folder / "stage_one" / "samples"
     result = fit(
         accelerator,
@@ -75,6 +74,7 @@ def main() -> None:
         folder=folder / "stage_one",
         config=training,
         resolved=config,
+        on_start=lambda: save_config(folder / "stage_one" / "config.yaml", config),
         on_evaluate=lambda step, model: save_reconstructions(model, validation_images, pictures / f"{step:07d}.png"),
     )
 

@@ -17,6 +17,7 @@ parser.add_argument("models", nargs="+")
 parser.add_argument("--total_steps", type=int, default=6)
 parser.add_argument("--allow", action="store_true")
 parser.add_argument("--fail_on", type=int)
+parser.add_argument("--poison_on", type=int)
 arguments = parser.parse_args()
 
 config = replace(CONFIG, total_steps=arguments.total_steps, allow_process_count_change=arguments.allow,
@@ -27,6 +28,10 @@ for model in arguments.models:
     if PartialState().process_index == arguments.fail_on:
         raise RuntimeError("asked to fail")
     objective, train_data, validation_data = make(model, config, noise=False)
+    if accelerator.process_index == arguments.poison_on:
+        objective.forward = lambda batch, step=None, f=objective.forward: {
+            k: v / (step != 3) for k, v in f(batch, step).items()
+        }
     update = Update("model", objective, adamw(objective, config))
     fit(accelerator, [update], train_data, validation_data, folder=folder, config=config, resolved={"model": model})
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}

@@ -113,7 +113,10 @@ def test_a_section_has_the_fields_of_its_chosen_type(tmp_path, capsys):
         (["--tokenizer.type", "vqvea"], "unknown tokenizer 'vqvea'; did you mean 'vqvae'?"),
         (["--tokenizer.quantizer.type=ema"], "unknown quantizer 'ema'"),
         (["--data.binarize", "treshold"], "unknown value 'treshold' for data.binarize; did you mean 'threshold'?"),
-        (["--tokenizer.latent_dim", "many"], "\"tokenizer.latent_dim\": Expected a <class 'int'>. Got value: many"),
+        (["--tokenizer.latent_dim", "many"], "tokenizer.latent_dim must be an integer, got many"),
+        (["--training.learning_rate", "nan"], "training.learning_rate must be a finite number, got nan"),
+        (["--data.image_size", "32"], "data.image_size must be [int, int] or null, got 32"),
+        (["--training.mixed_precision", "bf61"], "unknown value 'bf61' for training.mixed_precision; did you mean"),
         (["--tokenizer.image_shape", "[3, 8, 8]"], "unknown field 'tokenizer.image_shape'"),
         (["--data", "3"], "--data must hold fields and their values, got '3'"),
         (["--config"], "argument --config: expected one argument"),
@@ -140,6 +143,12 @@ def test_a_wrong_argument_is_refused_on_one_line_with_the_nearest_known(argv, me
 )
 def test_a_wrong_yaml_file_is_refused_on_one_line(text, message, tmp_path, capsys):
     assert message in refusal(capsys, "--config", yaml_file(tmp_path, text))
+
+
+def test_help_keeps_the_lines_of_the_description(capsys):
+    with pytest.raises(SystemExit):
+        parse("A script.\n\n    python first.py\n    python second.py\n", SECTIONS, Options, ["--help"])
+    assert "    python first.py\n    python second.py\n" in capsys.readouterr().out
 
 
 def test_help_lists_every_field(capsys):

@@ -1,5 +1,6 @@
 """Two real processes: equal to each other bit for bit, and to one process with the same global batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -57,6 +58,17 @@ def test_another_number_of_processes_is_refused_unless_allowed(runs):
     assert "trained on 2 processes and would continue on 1" in done.stderr
     done = run_worker(runs / "2", 1, "gpt", "--total_steps", "8", "--allow")
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_both_before_the_update(tmp_path):
+    done = run_worker(tmp_path, 2, "gpt", "--poison_on", "1")
+    assert done.returncode != 0
+    assert done.stderr.count("step 3: loss nll is not finite") == 1
+    assert done.stderr.count("step 3: the gradient is not finite") == 1
+    folder = tmp_path / "gpt"
+    reports = [json.loads((folder / f"nonfinite-step3-process{rank}.json").read_text()) for rank in (0, 1)]
+    assert [report["losses"] for report in reports] == [[], ["nll"]]
+    assert [path.name for path in (folder / "state").iterdir()] == ["step-00000002"]
 
 
 def test_an_error_on_one_process_ends_the_job(runs, tmp_path):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from tokenizer.quantizers import EMAVQ, VQ
+from tokenizer.quantizers import EMAVQ, LFQ, VQ
 
 NUM_STEPS = 12
 
@@ -41,6 +41,14 @@ def train(quantizer, batches: list[Tensor]) -> None:
         quantizer.after_step()
 
 
+def entropy_loss(h: Tensor) -> tuple[Tensor, Tensor]:
+    """The entropy loss of a linear encoder's signs, and its gradient for the weights."""
+    weight = torch.eye(4).requires_grad_()
+    loss = LFQ(num_bits=4)(torch.einsum("bdhw,ed->behw", h + 0.3, weight)).losses["entropy"]
+    loss.backward()
+    return loss.detach(), weight.grad
+
+
 def train_on_one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     # Processes that disagree on what to do next would wait half an hour by default.
@@ -54,6 +62,7 @@ def train_on_one_of_two(rank: int, folder: Path) -> None:
     own = VQ(codebook_size=4, code_dim=4)
     own(part_of(rank, 1))  # initialised from different data
     torch.save(own.state_dict(), folder / f"started{rank}.pt")
+    torch.save(entropy_loss(global_batch(0)[5 * rank : 5 * rank + 5]), folder / f"entropy{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -96,3 +105,10 @@ def test_initialisation_is_that_of_the_first_process_everywhere(states):
     alone(part_of(0, 1))
     assert torch.equal(first["codebook"], second["codebook"])
     assert torch.equal(first["codebook"], alone.codebook)
+
+
+def test_the_entropy_of_the_codes_is_that_of_the_whole_batch(states):
+    parts = [load(states / f"entropy{rank}.pt") for rank in range(2)]
+    # what DDP makes of the processes' losses and gradients: their average
+    average = [sum(tensors) / 2 for tensors in zip(*parts)]
+    torch.testing.assert_close(average, list(entropy_loss(global_batch(0))), rtol=1e-5, atol=1e-6)

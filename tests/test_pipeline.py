@@ -183,6 +183,8 @@ def test_labels_for_an_unconditional_prior_and_impossible_numbers_are_refused():
         ({"class_labels": 1}, "this prior is unconditional"),
         ({"class_labels": "cat"}, "none has a name"),
         ({"num_images": 0}, "num_images and batch_size must be at least 1"),
+        ({"num_images": "cat"}, "num_images must be an integer, got 'cat'"),
+        ({"generator": 3}, "generator must be a torch.Generator or a list of them, got 3"),
         ({"batch_size": 0}, "num_images and batch_size must be at least 1"),
         ({"temperature": -1}, "temperature must be finite and at least 0"),
         ({"guidance_scale": 2.0}, "needs a class-conditional prior"),
@@ -236,6 +238,7 @@ def test_pil_images_and_tensors_are_encoded_alike():
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "must be floating-point in [0, 1], got torch.uint8"),
         (torch.full((1, 3, 8, 8), 255.0), "must be floating-point in [0, 1], got torch.float32 from 255 to 255"),
         (torch.full((1, 3, 8, 8), float("nan")), "must be floating-point in [0, 1]"),
+        (np.zeros((1, 8, 8, 3)), "images must be PIL images, or one tensor"),
         (["cat.png"], "images must be PIL images, or one tensor"),
         ([], "images must be PIL images, or one tensor"),
     ],
@@ -351,11 +354,31 @@ def test_the_model_card_holds_what_was_measured(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: tessera\n")
     for text in ("| test bits_per_dim | 1.2346 |", "| test num_images | 17 |", "# VQVAE + GPT", "3 x 8 x 8",
-                 "2 x 2 codes of 5", "class-conditional (3 classes)"):  # fmt: skip
+                 "2 x 2 codes of 5", "class-conditional (3 classes)",
+                 "| classes | cat, dog, owl |"):  # fmt: skip
         assert text in card
     assert loaded.metrics == pipeline.metrics
     reload(make(prior=None), tmp_path)
     assert "Nothing yet" in (tmp_path / "README.md").read_text()
+
+
+def test_numbers_of_an_earlier_model_leave_the_card(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    save_stage_one(tmp_path, tokenizer, NAMES, {"psnr": 20.0})
+    save_stage_one(tmp_path, tokenizer, NAMES, {"psnr": 21.0})  # trained for longer
+    assert Pipeline.from_pretrained(tmp_path).metrics == {"validation tokenizer psnr": 21.0}
+    prior = make_prior("gpt", tokenizer)
+    prior.save_pretrained(tmp_path / "prior")
+    save_stage_two(tmp_path, tokenizer, prior, NAMES, {"nll": 2.0})
+    pipeline = Pipeline.from_pretrained(tmp_path)
+    pipeline.metrics["test nats"] = 5.0
+    pipeline.save_index(tmp_path)
+    save_stage_two(tmp_path, tokenizer, prior, NAMES, {"nll": 2.0})  # a finished command run again
+    assert Pipeline.from_pretrained(tmp_path).metrics == pipeline.metrics
+    save_stage_two(tmp_path, tokenizer, prior, NAMES, {"nll": 1.0})
+    expected = {"validation tokenizer psnr": 21.0, "validation prior nll": 1.0}
+    assert Pipeline.from_pretrained(tmp_path).metrics == expected
 
 
 def test_a_run_folder_is_a_pipeline_after_each_stage(tmp_path):
@@ -471,6 +494,13 @@ class Images(list):
     @staticmethod
     def collate(items):
         return {"image": torch.stack(items)}
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(5, 5, 2), (20, 16, 2), (32, 16, 4)])
+def test_reconstructions_are_whole_rows_of_pairs(count, columns, rows, tmp_path):
+    path = save_reconstructions(make().tokenizer, Images(torch.rand(count, 3, 8, 8)), tmp_path / "r.png")
+    with Image.open(path) as picture:
+        assert picture.size == (columns * 66 + 2, rows * 66 + 2)
 
 
 def test_pictures_leave_the_mode_of_the_model_as_it_was(tmp_path):

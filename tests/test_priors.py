@@ -10,6 +10,7 @@ from prior import PRIORS, CodeSpec, PriorConfig
 from prior.autoregressive import AutoregressivePrior
 from prior.gpt import GPTConfig, coordinates, rotary_angles, rotary_table, rotate
 from prior.pixelcnn import PixelCNN, PixelCNNConfig
+from prior.pixelsnail import CausalAttention, CausalConv, PixelSNAILConfig, background
 from prior.sampling import ImageNoise, SamplingOptions, choose
 from prior.torchvision_guard import ensure_torchvision
 from prior.uniform import Uniform
@@ -22,6 +23,7 @@ LEARNABLE = [name for name in PRIORS if name != "uniform"]
 VARIANTS = {
     **{name: (name, {}) for name in AUTOREGRESSIVE},
     "pixelcnn-kernel_5": ("pixelcnn", {"kernel_size": 5, "num_layers": 1}),
+    "pixelsnail-kernel_5": ("pixelsnail", {"kernel_size": 5, "num_blocks": 1, "num_heads": 1}),
     "gpt-rotary_2d": ("gpt", {"positions": "rotary_2d"}),
     "gpt-rotary": ("gpt", {"positions": "rotary"}),
 }
@@ -329,7 +331,8 @@ def test_the_cached_sample_equals_that_of_a_loop_over_full_passes(variant, scale
 def test_logits_see_all_codes_before_them_and_none_after(variant, spec):
     name, options = VARIANTS[variant]
     # enough layers that the receptive field covers the map: what then is unseen is a blind spot
-    prior = build(name, spec, **{**options, "num_layers": 5})
+    deep = {"num_layers": 5} if hasattr(PRIORS[name].Config, "num_layers") else {}
+    prior = build(name, spec, **{**options, **deep})
     codes = random_codes(spec, 1)
     classes = torch.zeros(1, dtype=torch.int64)
     before = prior.logits(codes, classes)
@@ -482,6 +485,9 @@ def test_given_codes_must_fit():
         (PixelCNNConfig, {"dropout": 1.0}, r"dropout is a probability in \[0, 1\), got 1.0"),
         (PixelCNNConfig, {"class_dropout": -0.1}, r"class_dropout is a probability in \[0, 1\), got -0.1"),
         (PixelCNNConfig, {"spec": CodeSpec(((2, 2, 2),), (2,))}, r"map \(h, w\) or a vector \(N,\), got .*2, 2, 2"),
+        (PixelSNAILConfig, {"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        (PixelSNAILConfig, {"kernel_size": 1}, "kernel_size must be odd and at least 3, got 1"),
+        (PixelSNAILConfig, {"num_heads": 3}, "attention_dim must be a multiple of num_heads = 3, got 64"),
         (
             GPTConfig,
             {"num_heads": 5, "positions": "rotary"},
@@ -518,7 +524,7 @@ def test_uniform_stays_uniform_under_temperature_and_guidance():
     assert_frequencies_match(codes, prior.spec, np.full((2, 2, 2, 2), 1 / 16))
 
 
-# --- PixelCNN and GPT -----------------------------------------------------------------------------------------------
+# --- PixelCNN, PixelSNAIL and GPT ------------------------------------------------------------------------------------
 
 
 def test_a_pixelcnn_knows_equal_shapes_apart():
@@ -526,6 +532,36 @@ def test_a_pixelcnn_knows_equal_shapes_apart():
     prior = build("pixelcnn", CodeSpec(((2, 2),) * 3, (3,) * 3))
     assert isinstance(prior, PixelCNN)
     assert [len(condition.code_embeddings) for condition in prior.conditions] == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_pixelsnail_attends_to_the_codes_before_and_to_nothing():
+    attention = CausalAttention(dim=6, attention_dim=4, num_heads=2)
+    x, codes = torch.randn(2, 1, 6, 2, 3)
+    place = background(x)
+    queries = attention.query(torch.cat([x, place], 1)).flatten(2)[0].double().numpy().reshape(2, 2, 6)
+    keys_values = attention.key_value(torch.cat([x, codes, place], 1)).flatten(2)[0].double().numpy()
+    keys, values = (part.reshape(2, 2, 6) for part in np.split(keys_values, 2))
+    expected = np.zeros((2, 2, 6))  # heads, channels, positions
+    for head, i in np.ndindex(2, 6):
+        weights = np.exp([queries[head, :, i] @ keys[head, :, j] / np.sqrt(2) for j in range(i)])
+        for weight, j in zip(weights / (1 + weights.sum()), range(i)):  # 1: the zero key
+            expected[head, :, i] += weight * values[head, :, j]
+    np.testing.assert_allclose(attention(x, place, codes)[0].flatten(1).numpy(), expected.reshape(4, 6), atol=1e-6)
+
+
+def test_sampling_from_pixelsnail_computes_each_position_once():
+    prior, computed = build("pixelsnail", LARGER), {}
+    for name, module in prior.networks.named_modules():
+        if isinstance(module, CausalConv):
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: computed.update(
+                    {name: computed.get(name, 0) + output[0, 0].numel()}
+                )
+            )
+    prior.sample(2)
+    assert {name: n for name, n in computed.items() if n != LARGER.lengths[int(name[0])]} == {}
+    assert len(computed) == 3 * 2 * 2 * 2  # levels, blocks, residual layers, convolutions
 
 
 @pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import tiny
-from tokenizer.quantizers import EMAVQ, QUANTIZERS, VQ
+from tokenizer.quantizers import EMAVQ, FSQ, LFQ, QUANTIZERS, VQ, Gumbel, Residual, lfq
 from tokenizer.quantizers import nearest as search
 from tokenizer.quantizers.base import straight_through
 from tokenizer.quantizers.codebook import initial_codebook
@@ -322,6 +322,240 @@ def test_revival_keeps_a_codebook_in_use_that_is_lost_without():
     assert used[0.03] >= 24
 
 
+# Finite scalar quantization
+
+
+def test_every_fsq_code_is_reached_and_stands_for_its_own_vector():
+    quantizer = FSQ(levels=(8, 3, 4)).eval()
+    line = torch.linspace(-4, 4, 60)
+    h = torch.stack(torch.meshgrid(line, line, line, indexing="ij")).flatten(2)[None]
+    (codes,) = quantizer(h).codes
+    assert codes.unique().tolist() == list(range(8 * 3 * 4))
+    vectors = quantizer.embed((torch.arange(96).view(1, 96, 1),))[0, :, :, 0].T
+    assert len(vectors.unique(dim=0)) == 96
+    assert vectors.abs().max() == 1
+    # mixed radix, the first channel the least significant
+    assert torch.equal(vectors[1 + 2 * 8 + 3 * 24], torch.tensor([-3 / 4, 1.0, 1 / 2]))
+
+
+@pytest.mark.parametrize("level", [3, 4, 5, 8])
+def test_fsq_rounds_a_growing_bounded_function_that_keeps_zero(level):
+    quantizer = FSQ(levels=(level,)).eval()
+    z = quantizer(torch.linspace(-10, 10, 501).view(1, 1, 1, 501)).z.flatten()
+    assert (z.diff() >= 0).all()
+    assert z.unique().mul(level // 2).tolist() == [digit - level // 2 for digit in range(level)]
+    assert z[250] == 0
+
+
+def test_the_gradient_of_fsq_is_that_of_the_bound():
+    h = torch.linspace(-2, 2, 9, dtype=torch.float32).view(1, 1, 1, 9).requires_grad_()
+    FSQ(levels=(5,))(h).z.sum().backward()
+    torch.testing.assert_close(h.grad, 1.001 * (1 - h.detach().tanh() ** 2))  # of 2.002 tanh(h) / 2
+
+
+# Lookup-free quantization
+
+
+def test_the_code_of_lfq_is_the_binary_number_of_the_signs():
+    quantizer = LFQ(num_bits=3).eval()
+    h = torch.tensor([[0.2, -1.0, 3.0], [-0.1, -0.2, -0.3], [-1.0, 0.5, 0.0]]).T.view(1, 3, 3, 1)
+    out = quantizer(h)
+    assert out.codes[0].flatten().tolist() == [1 + 4, 0, 2]
+    assert torch.equal(out.z, torch.where(h > 0, 1.0, -1.0))
+
+
+def brute_force_entropies(vectors: np.ndarray, temperature: float) -> tuple[float, float]:
+    """E[H(q)] and H(E[q]) from the N x 2^n matrix of softmax(-distance / temperature)."""
+    num_bits = vectors.shape[1]
+    entries = np.array([[1.0 if code >> bit & 1 else -1.0 for bit in range(num_bits)] for code in range(2**num_bits)])
+    q = np.exp(-((vectors[:, None] - entries[None]) ** 2).sum(2) / temperature)
+    q /= q.sum(1, keepdims=True)
+    mean = q.mean(0)
+    return -(q * np.log(q)).sum(1).mean(), -(mean * np.log(mean)).sum()
+
+
+@pytest.mark.parametrize("num_bits", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_the_entropy_loss_is_that_of_the_softmax_over_all_codes(num_bits, temperature):
+    quantizer = LFQ(num_bits, entropy_weight=0.7, diversity_weight=0.3, temperature=temperature)
+    h = features(quantizer)
+    rows = h.permute(0, 2, 3, 1).reshape(-1, num_bits).double().numpy()
+    per_sample, of_average = brute_force_entropies(rows, temperature)
+    expected = 0.7 * (per_sample - 0.3 * of_average)
+    assert quantizer(h).losses["entropy"].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_groups_of_independent_bits_have_the_entropy_of_all():
+    quantizer = LFQ(num_bits=5)
+    line = torch.tensor([-0.7, 0.1, 0.4])
+    h = torch.stack(torch.meshgrid(*[line * (bit + 1) for bit in range(5)], indexing="ij")).flatten(1)[None, :, :, None]
+    whole = quantizer(h).losses["entropy"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lfq, "JOINT_BITS", 2)
+        torch.testing.assert_close(quantizer(h).losses["entropy"], whole)
+        # of bits that are copies of each other the groups only know a bound: the loss is lower
+        copies = features(quantizer)[:, :1].expand(-1, 5, -1, -1)
+        bound = quantizer(copies).losses["entropy"]
+    assert bound < quantizer(copies).losses["entropy"] - 0.01
+
+
+def test_eighteen_bits_need_no_matrix_of_positions_and_codes():
+    quantizer = LFQ(num_bits=18)
+    h = features(quantizer, batch=1, height=128, width=64).requires_grad_()  # a matrix of 8 GiB
+    sum(quantizer(h).losses.values()).backward()
+    assert h.grad.isfinite().all()
+    assert h.grad.abs().sum() > 0
+
+
+def test_probabilities_that_underflow_leave_the_gradient_finite():
+    quantizer = LFQ(num_bits=4, temperature=0.01)
+    h = features(quantizer).requires_grad_()
+    quantizer(h).losses["entropy"].backward()
+    assert h.grad.isfinite().all()
+
+
+def test_minimising_the_entropy_loss_spreads_sure_codes_over_the_codebook():
+    quantizer = LFQ(num_bits=3)
+    h = (1 + 0.1 * features(quantizer, batch=16)).requires_grad_()  # all but the same code
+    optimizer = torch.optim.Adam([h], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        quantizer(h).losses["entropy"].backward()
+        optimizer.step()
+    counts = quantizer(h).codes[0].flatten().bincount(minlength=8)
+    assert counts.min() >= 0.5 * counts.sum() / 8
+    assert quantizer(h).losses["entropy"].item() == pytest.approx(-0.1 * math.log(8), abs=0.02)
+
+
+# Gumbel-softmax
+
+
+def test_the_temperature_falls_from_start_to_end_along_half_a_cosine():
+    quantizer = Gumbel(temperature_start=2.0, temperature_end=0.5, decay_steps=100)
+    assert [quantizer.temperature(step) for step in (0, 50, 100, 1000)] == pytest.approx([2.0, 1.25, 0.5, 0.5])
+    temperatures = [quantizer.temperature(step) for step in range(101)]
+    assert temperatures == sorted(temperatures, reverse=True)
+
+
+@pytest.mark.parametrize("draw", ["forward", "encode"])
+def test_gumbel_codes_are_drawn_with_the_probabilities_of_the_logits(draw):
+    quantizer = Gumbel(codebook_size=4, code_dim=2)
+    logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0]), 20_000
+    h = logits.view(1, 4, 1, 1).expand(1, 4, n, 1)
+    codes = quantizer(h, step=500).codes[0] if draw == "forward" else quantizer.eval().encode(h, sample=True)[0]
+    p = logits.softmax(0)
+    # five standard deviations of a binomial count
+    assert ((codes.flatten().bincount(minlength=4) / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+    assert (quantizer.encode(h)[0] == 3).all()
+
+
+def test_z_is_the_average_of_the_entries_that_becomes_the_drawn_one():
+    quantizer = Gumbel(codebook_size=4, code_dim=2, temperature_start=1.0, temperature_end=1e-4, decay_steps=10)
+    h = features(quantizer)
+    warm, cold = quantizer(h, step=0), quantizer(h, step=10)
+    assert (warm.z - quantizer.embed(warm.codes)).abs().max() > 0.1
+    torch.testing.assert_close(cold.z, quantizer.embed(cold.codes), atol=1e-4, rtol=0)
+    assert not torch.equal(quantizer(h, step=10).codes[0], cold.codes[0])
+
+
+def test_without_a_step_gumbel_takes_the_most_probable_code():
+    quantizer = Gumbel(codebook_size=4, code_dim=2)
+    h = features(quantizer)
+    out = quantizer(h)
+    assert torch.equal(out.codes[0], h.argmax(dim=1))
+    assert torch.equal(out.z, quantizer.embed(out.codes))
+
+
+def test_straight_through_decodes_the_drawn_entry_with_the_gradient_of_the_average():
+    quantizer = Gumbel(codebook_size=4, code_dim=2, straight_through=True)
+    soft = copy.deepcopy(quantizer)
+    soft.straight_through = False
+    gradients = []
+    for q in (quantizer, soft):
+        torch.manual_seed(1)
+        h = features(q).requires_grad_()
+        out = q(h, step=0)
+        out.z.sum().backward()
+        gradients.append(h.grad)
+        assert torch.equal(out.z, q.embed(out.codes)) == q.straight_through
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_kl_is_that_to_the_uniform_distribution():
+    quantizer = Gumbel(codebook_size=4, code_dim=2, kl_weight=0.5)
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = {"p": (p * (4 * p).log()).sum().item(), "uniform": 0.0, "sure": math.log(4)}
+    for name, logits in (("p", p.log() + 7), ("uniform", torch.ones(4)), ("sure", torch.eye(4)[0] * 1000)):
+        loss = quantizer(logits.view(1, 4, 1, 1).expand(2, 4, 3, 3), step=0).losses["kl"]
+        assert loss.item() == pytest.approx(0.5 * expected[name], abs=1e-6)
+
+
+# Residual quantization
+
+
+def test_residual_quantization_of_depth_one_is_ema_vq():
+    residual = Residual(depth=1, codebook_size=5, code_dim=4)
+    plain = EMAVQ(codebook_size=5, code_dim=4)
+    for seed in range(4):
+        h = features(plain, seed=seed)
+        mine, theirs = residual(h), plain(h)
+        assert torch.equal(mine.z, theirs.z)
+        assert torch.equal(mine.codes[0], theirs.codes[0])
+        torch.testing.assert_close(mine.losses, theirs.losses)
+        residual.after_step()
+        plain.after_step()
+        torch.testing.assert_close(residual.codebooks[0].codebook, plain.codebook, rtol=0, atol=0)
+
+
+def test_each_depth_quantizes_what_the_ones_before_it_left():
+    quantizer = Residual(depth=3, codebook_size=7, code_dim=4)
+    train_step(quantizer, features(quantizer, batch=16))
+    h = features(quantizer, seed=1)
+    out = quantizer.eval()(h)
+    residual, errors = h.permute(0, 2, 3, 1).reshape(-1, 4), [math.inf]
+    for stage, codes in zip(quantizer.stages, out.codes):
+        assert torch.equal(brute_force(residual, stage.codebook), codes.flatten())
+        residual = residual - stage.codebook[codes.flatten()]
+        errors.append(residual.square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+    assert (h - out.z).square().mean().item() == pytest.approx(errors[-1], rel=1e-5)
+    # the commitment of every partial sum
+    assert out.losses["commitment"].item() == pytest.approx(0.25 * sum(errors[1:]), rel=1e-5)
+
+
+def test_the_residual_commitment_pulls_the_input_to_every_partial_sum():
+    quantizer = Residual(depth=3, codebook_size=7, code_dim=4, init="normal").eval()
+    h = features(quantizer).requires_grad_()
+    out = quantizer(h)
+    (gradient,) = torch.autograd.grad(out.losses["commitment"], h, retain_graph=True)
+    entries = torch.stack([s.embed((c,)) for s, c in zip(quantizer.stages, out.codes)])
+    expected = 0.25 * 2 * (h.detach() - entries.cumsum(0)).sum(0) / h.numel()
+    torch.testing.assert_close(gradient, expected)
+    assert torch.equal(torch.autograd.grad(out.z.sum(), h)[0], torch.ones_like(h))
+
+
+def test_every_depth_starts_from_its_own_residuals_and_moves_after_the_step():
+    quantizer = Residual(depth=3, codebook_size=4, code_dim=4)
+    h = 100 + features(quantizer, batch=16)
+    quantizer(h)
+    assert all(codebook.initialized for codebook in quantizer.codebooks)
+    assert (quantizer.codebooks[0].codebook - 100).abs().max() < 5
+    assert all(codebook.codebook.abs().max() < 5 for codebook in quantizer.codebooks[1:])
+    started = [codebook.codebook.clone() for codebook in quantizer.codebooks]
+    quantizer.after_step()
+    assert not any(torch.equal(now.codebook, before) for now, before in zip(quantizer.codebooks, started))
+
+
+def test_a_shared_codebook_follows_the_vectors_of_all_depths():
+    quantizer = Residual(depth=3, codebook_size=4, code_dim=4, shared_codebook=True, decay=0.0, revive_below=0)
+    h = features(quantizer, batch=16)
+    out = quantizer(h)
+    counts = torch.cat(out.codes).flatten().bincount(minlength=4)
+    quantizer.after_step()
+    assert [name for name, _ in quantizer.named_buffers() if name.endswith("codebook")] == ["codebooks.0.codebook"]
+    assert torch.equal(quantizer.codebooks[0].cluster_size, counts.float())
+
+
 # Initialisation
 
 
@@ -389,6 +623,27 @@ def test_initialisation_leaves_the_global_generator_alone():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build("quantizer", QUANTIZERS, {"type": "ema_vq", **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("fsq", {"levels": (5, 2)}, r"levels must be integers of at least 3, .*got \(5, 2\)"),
+        ("fsq", {"levels": ()}, r"levels must be integers of at least 3, .*got \(\)"),
+        ("lfq", {"num_bits": 0}, r"num_bits must lie in \[1, 62\], .*got 0"),
+        ("lfq", {"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
+        ("lfq", {"diversity_weight": -1.0}, "diversity_weight must be at least 0, got -1.0"),
+        ("gumbel", {"code_dim": 0}, "codebook_size and code_dim must be at least 1, got 512 and 0"),
+        ("gumbel", {"temperature_end": 2.0}, "must not rise, got temperature_start = 1.0 and temperature_end = 2.0"),
+        ("gumbel", {"decay_steps": 0}, "decay_steps must be at least 1, got 0"),
+        ("gumbel", {"kl_weight": -0.1}, "kl_weight must be at least 0, got -0.1"),
+        ("residual", {"depth": 0}, "depth must be at least 1, got 0"),
+        ("residual", {"codebook_size": 0}, "codebook_size and code_dim must be at least 1, got 0"),
+    ],
+)
+def test_options_that_a_quantizer_cannot_work_with_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build("quantizer", QUANTIZERS, {"type": name, **options})
 
 
 def test_losses_do_not_depend_on_the_layout_of_the_features():

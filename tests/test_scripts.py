@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from pipelines import Pipeline
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, load_tokenizer, save_model
 from pipelines.config import Polymorphic, parse
-from pipelines.images import DataConfig
+from pipelines.images import DataConfig, load_images
+from pipelines.runs import choose_device, say_skipped
 from pipelines.training import TrainingConfig
 from prior import PRIORS
 from prior.base import CodeSpec
@@ -166,6 +167,8 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
         ("train_tokenizer", ["--training.batch_size", "5000", "--training.cpu", "true"], "larger than the data set"),
         ("train_prior", [], "train a tokenizer first"),
         ("sample", ["--run", "nowhere"], "nowhere is neither a folder nor a hub id"),
+        ("sample", ["--columns", "0"], "columns must be at least 1, got 0"),
+        ("sample", ["--output", "x.jpg"], "name a file that ends in .png"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_not_a_traceback(script, arguments, message, tmp_path):
@@ -173,6 +176,25 @@ def test_a_users_mistake_is_one_line_and_not_a_traceback(script, arguments, mess
     assert done.returncode in (1, 2)
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_unusable_device_is_refused_with_those_that_can_be_used():
+    assert choose_device("cpu") == torch.device("cpu")
+    for name in ("gpu", "xla", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{name}' cannot be used here; take cpu"):
+            choose_device(name)
+
+
+def test_pictures_that_are_left_out_are_named_and_counted(tmp_path, capsys):
+    for number in range(20):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "07.png").write_text("no")
+    config = DataConfig(name="folder", root=str(tmp_path), on_bad_image="skip")
+    data_sets = [load_images(config, split) for split in ("train", "validation", "test")]
+    say_skipped(*data_sets)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("left out 1 unreadable of ")
+    assert line.endswith(str(tmp_path / "07.png"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,8 +1,14 @@
 """The loop: order of data, exact continuation, accumulation, averages, and what it refuses."""
 
 import json
+import multiprocessing
 import os
+import resource
+import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -16,11 +22,13 @@ from safetensors.torch import load_file
 from pipelines.batches import StepBatches
 from pipelines.checkpoint import build_prior, build_tokenizer
 from pipelines.ema import EMA
-from pipelines.files import folder_lock
+from pipelines.files import folder_lock, read_json
 from pipelines.images import DataConfig, load_images
-from pipelines.launch import cpu_computes_bf16, make_accelerator
+from pipelines.launch import cpu_computes_bf16, end_with_the_launcher, make_accelerator
 from pipelines.objectives import PriorLoss, TokenizerLoss
 from pipelines.training import NonFiniteLossError, TrainingConfig, Update, adamw, evaluate, fit
+from prior import PRIORS
+from prior.autoregressive import AutoregressivePrior
 from tests import tiny
 from tokenizer.quantizers import QUANTIZERS
 
@@ -28,7 +36,8 @@ CONFIG = TrainingConfig(
     total_steps=6, batch_size=8, warmup_steps=2, eval_every=3, save_every=2, log_every=2, tracker="none", cpu=True
 )
 DATA = DataConfig(max_images=20, horizontal_flip=True, crop_padding=1)
-MODELS = [f"vqvae-{name}" for name in sorted(QUANTIZERS)] + ["vqvae2", "pixelcnn", "gpt"]
+TRAINED_PRIORS = [name for name, kind in PRIORS.items() if issubclass(kind, AutoregressivePrior)]
+MODELS = [*(f"vqvae-{name}" for name in sorted(QUANTIZERS)), "vqvae2", *TRAINED_PRIORS]
 
 
 class Codes(torch.utils.data.Dataset):
@@ -66,7 +75,7 @@ def make(model: str, config: TrainingConfig = CONFIG, noise: bool = True):
     return PriorLoss(build_prior({"type": name, **options})), Codes(), Codes()
 
 
-def train(model: str, folder, config: TrainingConfig = CONFIG, on_evaluate=None, change=lambda objective: None):
+def train(model: str, folder, config: TrainingConfig = CONFIG, *, change=lambda objective: None, **callbacks):
     AcceleratorState._reset_state(reset_partial_state=True)  # it settles once per process on precision and device
     objective, train_data, validation_data = make(model, config)
     change(objective)
@@ -79,7 +88,7 @@ def train(model: str, folder, config: TrainingConfig = CONFIG, on_evaluate=None,
         folder=folder,
         config=config,
         resolved=resolved,
-        on_evaluate=on_evaluate,
+        **callbacks,
     )
 
 
@@ -210,6 +219,100 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
         train("gpt", tmp_path)
 
 
+def test_a_best_folder_newer_than_the_state_is_taken_up(tmp_path):
+    # killed between the writing of best/ and of the state
+    config = replace(CONFIG, lr_schedule="constant_with_warmup", total_steps=8, eval_every=4, save_every=4)
+    assert train("gpt", tmp_path, config).best_step == 8
+    shutil.rmtree(tmp_path / "state" / "step-00000008")
+    result = train("gpt", tmp_path, replace(config, total_steps=6))
+    assert (result.steps_run, result.best_step) == (2, 8)
+    weights = load_file(tmp_path / "best" / "step-00000008" / "weights.safetensors")
+    assert all(torch.equal(value, weights[f"model.{name}"]) for name, value in result.weights.items())
+    assert len(list((tmp_path / "best").glob("step-*"))) == 1
+
+
+def test_what_a_run_left_that_had_no_state_yet_does_not_count(tmp_path):
+    train("gpt", tmp_path, replace(CONFIG, total_steps=20, eval_every=20))
+    shutil.rmtree(tmp_path / "state")
+    result = train("gpt", tmp_path, replace(CONFIG, seed=1))
+    assert result.best_step <= 6
+    assert max(line["step"] for line in read_log(tmp_path)) == 6
+    assert [path.name for path in (tmp_path / "best").glob("step-*")] == [f"step-{result.best_step:08d}"]
+
+
+def test_a_finished_run_without_its_best_weights_evaluates_the_last(tmp_path):
+    train("gpt", tmp_path)
+    shutil.rmtree(tmp_path / "best")
+    result = train("gpt", tmp_path)
+    assert (result.steps_run, result.best_step) == (0, 6)
+    assert result.weights
+
+
+def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
+    train("gpt", tmp_path, replace(CONFIG, lr_schedule="constant_with_warmup"))
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "tra')
+    train("gpt", tmp_path, replace(CONFIG, lr_schedule="constant_with_warmup", total_steps=8))
+    assert read_log(tmp_path)[-1]["step"] == 8
+
+
+def test_a_run_killed_after_the_end_of_an_epoch_logs_it_once(tmp_path):
+    num_images = len(make("vqvae-vq")[1])
+    config = replace(CONFIG, batch_size=num_images // 2, total_steps=3, eval_every=100)  # saved at the end of an epoch
+    train("vqvae-vq", tmp_path, config)
+    shutil.rmtree(tmp_path / "state" / "step-00000003")
+    train("vqvae-vq", tmp_path, config)
+    assert [line["step"] for line in read_log(tmp_path) if "epoch/perplexity" in line] == [2]
+
+
+def test_other_data_or_precision_are_refused_by_name(tmp_path, monkeypatch):
+    train("gpt", tmp_path)
+    monkeypatch.setattr(Codes, "__len__", lambda self: 19)
+    with pytest.raises(ValueError, match="training images: 20 -> 19"):
+        train("gpt", tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` does
+    monkeypatch.setattr("pipelines.launch.cpu_computes_bf16", lambda: True)
+    with pytest.raises(ValueError, match="mixed precision: no -> bf16"):
+        train("gpt", tmp_path)
+
+
+def test_a_refused_run_overwrites_nothing(tmp_path):
+    started = []
+    train("gpt", tmp_path, on_start=lambda: started.append(1))
+    with pytest.raises(ValueError, match="another configuration"):
+        train("gpt", tmp_path, replace(CONFIG, learning_rate=0.5), on_start=lambda: started.append(2))
+    assert started == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are told apart by fork")
+def test_a_signal_to_the_whole_group_leaves_the_workers_until_the_state_is_saved(tmp_path):
+    def signal_all(now, model):
+        # from another process: workers let the one that started them end them
+        workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+        subprocess.run(["kill", "-TERM", str(os.getpid()), *workers], check=True)
+        time.sleep(0.5)
+
+    config = replace(CONFIG, total_steps=60, num_workers=2, save_every=100)
+    with pytest.raises(SystemExit):
+        train("vqvae-ema_vq", tmp_path, config, on_evaluate=signal_all)
+    assert (tmp_path / "state" / "step-00000003").exists()
+
+
+def test_a_state_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    train("gpt", tmp_path, replace(CONFIG, lr_schedule="constant_with_warmup"))
+    before = final_tensors(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"bytes free"):
+            train("gpt", tmp_path, replace(CONFIG, lr_schedule="constant_with_warmup", total_steps=8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list((tmp_path / "state").glob(".tmp-*"))
+    assert all(torch.equal(value, before[name]) for name, value in final_tensors(tmp_path).items())
+
+
 # What a step does
 # ------------------------------------------------------------------------------------------------
 
@@ -278,10 +381,124 @@ def test_evaluation_does_not_depend_on_the_batch_size(batch_size, tmp_path):
     assert metrics == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.parametrize(("field", "value"), [("total_steps", 0), ("batch_size", 0), ("ema_decay", 1.0)])
+def test_a_collapsed_codebook_is_said_once_with_numbers_and_advice(tmp_path, capsys):
+    def collapse(objective):
+        objective.model.quantizer.codebook.data[1:] += 1e3
+
+    sixteen = {**tiny.QUANTIZERS["vq"], "codebook_size": 16, "init": "normal"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.QUANTIZERS, "vq", sixteen)
+        train("vqvae-vq", tmp_path, replace(CONFIG, total_steps=20), change=collapse)
+    said = [line for line in capsys.readouterr().out.splitlines() if "collapsed" in line]
+    assert len(said) == 1
+    assert "codebook of level 0 has collapsed: 6.2% of its 16 codes are used, perplexity 1.0" in said[0]
+    assert "revive_below" in said[0]
+
+
+def test_a_validation_metric_that_is_not_finite_is_an_error(tmp_path):
+    def poison(objective):
+        forward = objective.forward
+
+        def infinite(batch, step=None):
+            values = forward(batch, step)
+            return values if objective.training else {name: value / 0 for name, value in values.items()}
+
+        objective.forward = infinite
+
+    with pytest.raises(NonFiniteLossError, match="step 3: validation nll is inf; the last state is kept"):
+        train("gpt", tmp_path, change=poison)
+
+
+def test_a_step_that_does_not_fit_into_memory_says_what_to_do(tmp_path):
+    def swell(objective):
+        objective.forward = lambda batch, step=None: {"nll": torch.empty(2**50).sum()}
+
+    with pytest.raises(MemoryError, match=r"batches of 8 in 1 micro-batches.*gradient_accumulation_steps 2"):
+        train("gpt", tmp_path, change=swell)
+
+
+def as_fp16(accelerator):
+    """accelerate refuses fp16 on a CPU, where its scaler works as on a GPU."""
+    accelerator.state._mixed_precision = "fp16"
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    return accelerator
+
+
+def test_fp16_leaves_out_steps_that_overflow_and_continues_exactly(tmp_path, monkeypatch):
+    start = make_accelerator
+    monkeypatch.setattr("tests.test_training.make_accelerator", lambda *a: as_fp16(start(*a)))
+    config = replace(CONFIG, total_steps=30, eval_every=10, save_every=10)
+    train("vqvae-ema_vq", tmp_path / "whole", config)
+    state = read_json(tmp_path / "whole" / "state" / "step-00000030" / "state.json")
+    assert 0 < state["scaler"]["scale"] < 2.0**24
+    assert any(line.get("train/grad_norm", 0) is None for line in read_log(tmp_path / "whole"))
+    with pytest.raises(SystemExit):
+        train("vqvae-ema_vq", tmp_path / "parts", config, on_evaluate=interrupt_at(10))
+    train("vqvae-ema_vq", tmp_path / "parts", config)
+    assert_same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_fp16_ends_where_no_scale_helps(tmp_path, monkeypatch):
+    start = make_accelerator
+    monkeypatch.setattr("tests.test_training.make_accelerator", lambda *a: as_fp16(start(*a)))
+
+    def poison(objective):
+        forward = objective.forward
+        objective.forward = lambda batch, step=None: {k: v / 0 for k, v in forward(batch, step).items()}
+
+    with pytest.raises(NonFiniteLossError, match="step 19: loss nll"):
+        train("gpt", tmp_path, replace(CONFIG, total_steps=40, eval_every=100), change=poison)
+
+
+def test_the_environment_does_not_change_the_number_of_micro_batches(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    assert make_accelerator(CONFIG, tmp_path).gradient_accumulation_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("total_steps", 0), ("batch_size", 0), ("ema_decay", 1.0), ("max_grad_norm", -1.0), ("warmup_steps", -1)],
+)
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(ValueError, match=f"training.{field}.*{value}"):
         replace(CONFIG, **{field: value})
+
+
+def lives_on(launched: bool, *, parent_ends_first: bool) -> bool:
+    """Whether a process that calls `end_with_the_launcher` is there after its parent's end."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+            os.environ |= {"ACCELERATE_MIXED_PRECISION": "no"} if launched else {}
+            if not parent_ends_first:
+                end_with_the_launcher()
+            while os.getppid() == parent:
+                time.sleep(0.01)
+            if parent_ends_first:
+                end_with_the_launcher()
+            time.sleep(0.1)
+            os.write(write, b"x" if os.getppid() == 1 else b"?")
+        else:
+            time.sleep(0 if parent_ends_first else 0.3)
+        os._exit(0)
+    os.waitpid(parent, 0)
+    os.close(write)
+    answer = os.read(read, 1)
+    os.close(read)
+    if answer == b"?":
+        pytest.skip("orphans do not become children of process 1 here")
+    return answer == b"x"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+def test_a_process_ends_with_its_launcher_but_not_with_a_shell():
+    assert not lives_on(launched=True, parent_ends_first=False)
+    assert not lives_on(launched=True, parent_ends_first=True)
+    assert lives_on(launched=False, parent_ends_first=False)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):

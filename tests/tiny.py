@@ -14,11 +14,23 @@ SPECS = {
 PRIORS: dict[str, dict] = {
     "uniform": {},
     "pixelcnn": {"hidden_dim": 8, "num_layers": 2, "kernel_size": 3},
+    "pixelsnail": {
+        "hidden_dim": 8,
+        "num_blocks": 2,
+        "num_residual_blocks": 1,
+        "num_heads": 2,
+        "attention_dim": 4,
+        "dropout": 0.0,
+    },
     "gpt": {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "dropout": 0.0},
 }
 
 QUANTIZERS: dict[str, dict] = {
     "ema_vq": {"codebook_size": 5, "code_dim": 4},
+    "fsq": {"levels": (8, 5)},
+    "gumbel": {"codebook_size": 5, "code_dim": 4},
+    "lfq": {"num_bits": 3},
+    "residual": {"depth": 2, "codebook_size": 5, "code_dim": 4},
     "vq": {"codebook_size": 5, "code_dim": 4},
 }
 

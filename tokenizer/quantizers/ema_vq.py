@@ -91,7 +91,8 @@ class EMAVQ(CodebookQuantizer):
         pending, self._pending = self._pending or _Statistics.like(self.codebook), None
         counts, sums = _sum_over_processes(pending.counts, pending.sums)
         share = counts.sum() / len(counts)
-        if share == 0:
+        # Under fp16 a step whose features overflow is left out by the optimizer, and so it must be here
+        if not ((share > 0) & sums.isfinite().all()):
             return
         self._update_averages(counts, sums, share)
         self._revive(share, pending.candidates)
