@@ -39,7 +39,9 @@ class StepBatches:
                 f"{num_micro_batches} micro-batches; take a multiple of {shares}"
             )
         if batch_size > length:
-            raise ValueError(f"batch_size = {batch_size} is larger than the data set of {length} images")
+            raise ValueError(
+                f"batch_size = {batch_size} is larger than the data set of {length} images; take at most that"
+            )
         self.length, self.batch_size, self.num_micro_batches = length, batch_size, num_micro_batches
         self.process_index, self.num_processes, self.seed = process_index, num_processes, seed
         self.start_step, self.total_steps = start_step, total_steps

@@ -38,6 +38,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # A model folder comes from anywhere: no size in it may ask for more memory than its own weights could fill.
 LARGEST_SIZE = 2**24
+DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "device", "dtype")
 FILES_OF_A_HUB_REPOSITORY = ["*.json", "*.safetensors", "README.md"]
 
 
@@ -293,6 +294,9 @@ def resolve_folder(path_or_id: str | Path, **download_options) -> Path:
     Raises:
         ValueError: neither a folder nor something that can be a hub id, or the hub cannot be reached.
     """
+    unknown = sorted(set(download_options) - set(inspect.signature(snapshot_download).parameters))
+    if unknown:
+        raise ValueError(f"unknown argument '{unknown[0]}'{nearest_known(unknown[0], DOWNLOAD_OPTIONS)}")
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pipelines.config import differences
 from pipelines.files import (
     atomic_file,
     check_file,
@@ -236,12 +237,14 @@ def _is_finished(folder: Path, plan: Plan, overwrite: bool) -> bool:
             return False
         raise
     wanted = {"tokenizer_fingerprint": plan.fingerprint, "split": plan.split, "dataset": plan.to_json()["dataset"]}
-    differences = [f"{key} {found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
-    if differences:
+    changed = differences({key: found.get(key) for key in wanted}, wanted)
+    if changed:
         if overwrite:
             return False
         raise ValueError(
-            f"{folder} already holds other codes: {'; '.join(differences)}. Choose another folder, or overwrite it"
+            f"{folder} already holds other codes: "
+            f"{'; '.join(f'{key} {old}, not {new}' for key, (old, new) in changed.items())}. "
+            "Choose another folder, or overwrite it"
         )
     try:
         CodeDataset(folder)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from pipelines.config import differences, read_yaml
+from pipelines.config import differences, has_config_file, read_yaml
 from pipelines.files import atomic_file
 from pipelines.images import DataConfig, ImageDataset, load_images
 from tokenizer.base import Tokenizer
@@ -60,6 +60,17 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(f"device '{name}' cannot be used here; take {known}") from error
 
 
+def digits_recipe(path: Path, data_name: str | None) -> dict:
+    """The recipe at `path` if the data are the digits (None: no other was named) and no --config is given."""
+    return read_yaml(path) if data_name in (None, "digits") and not has_config_file() else {}
+
+
+def refuse_several_processes() -> None:
+    """Raises ValueError where a script that does its work alone was launched several times over."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes were launched, but this script works alone; start it with python")
+
+
 def say_skipped(*data_sets: ImageDataset) -> None:
     """Names and counts the files that were left out, once per machine, on standard error."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -89,6 +100,12 @@ def saved_data_section(run: Path) -> dict:
     if not isinstance(config.get("data"), dict):
         raise ValueError(f"{path} has no section 'data'")
     return {"data": config["data"]}
+
+
+def adopt_data_section(run: Path, folder: Path) -> None:
+    """Copies a run's stage-one configuration, where it has one, to the folder of a prior that was trained elsewhere."""
+    if (run / "stage_one" / "config.yaml").is_file():
+        save_config(folder / "stage_one" / "config.yaml", read_yaml(run / "stage_one" / "config.yaml"))
 
 
 def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str) -> ImageDataset:

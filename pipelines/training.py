@@ -115,9 +115,14 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "max_grad_norm", "num_workers"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"training.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"training.seed must lie in [0, 2^63), got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}")
         if not self.learning_rate > 0:
@@ -259,9 +264,11 @@ class _Run:
                 bar.update(config.batch_size)
                 last = progress.step == config.total_steps
                 if progress.step % config.log_every == 0 or last:
-                    values = window.mean() | self.objective.summary() | {"learning_rate": self.learning_rate()}
+                    losses = window.mean()
+                    loss = sum(value for name, value in losses.items() if not name.endswith("grad_norm"))
+                    values = losses | self.objective.summary() | {"learning_rate": self.learning_rate()}
                     values |= window.rate(config.batch_size // config.gradient_accumulation_steps)
-                    bar.set_postfix_str(_brief(values))
+                    bar.set_postfix_str(_brief({"loss": loss, **self.objective.summary()}))
                     self._log(progress.step, {f"train/{k}": v for k, v in values.items()})
                 paused = time.monotonic()
                 if progress.step % config.eval_every == 0 or last:

@@ -15,7 +15,14 @@ from pipelines.config import parse, peek
 from pipelines.evaluation import evaluate_pipeline, format_table
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
-from pipelines.runs import choose_device, find_run, load_images_for, run_script, saved_data_section
+from pipelines.runs import (
+    choose_device,
+    find_run,
+    load_images_for,
+    refuse_several_processes,
+    run_script,
+    saved_data_section,
+)
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
 
@@ -43,6 +50,7 @@ def data_of_the_run() -> dict:
 
 
 def main() -> None:
+    refuse_several_processes()
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     run = find_run(config["run"], INDEX_NAME)
     pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))

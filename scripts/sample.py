@@ -11,7 +11,7 @@ import torch
 
 from pipelines.config import parse
 from pipelines.pictures import check_picture, save_grid
-from pipelines.runs import choose_device, find_run, run_script
+from pipelines.runs import choose_device, find_run, refuse_several_processes, run_script
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
 
@@ -49,15 +49,15 @@ class Options:
 
 
 def main() -> None:
+    refuse_several_processes()
     config = parse(__doc__, {}, Options)
     output = Path(config["output"])
     check_picture(output, config["columns"])
     run = config["run"] or find_run(None, INDEX_NAME)
     pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
     pipeline.set_progress_bar_config(disable=None)  # in a terminal only
-    num_images = (
-        64 if config["num_images"] is None and not isinstance(config["class_labels"], list) else config["num_images"]
-    )
+    listed = isinstance(config["class_labels"], list)
+    num_images = 64 if config["num_images"] is None and not listed else config["num_images"]
     images = pipeline.sample(
         num_images,
         config["class_labels"],

@@ -15,12 +15,12 @@ import torch
 
 from pipelines.checkpoint import build_prior, load_tokenizer, save_model
 from pipelines.codes import CodeDataset
-from pipelines.config import Polymorphic, has_config_file, parse, peek, read_yaml
+from pipelines.config import Polymorphic, parse, peek
 from pipelines.files import read_json
 from pipelines.launch import make_accelerator
 from pipelines.objectives import PriorLoss
 from pipelines.pictures import save_samples
-from pipelines.runs import find_run, run_script, save_config
+from pipelines.runs import adopt_data_section, digits_recipe, find_run, run_script, save_config
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import check_codes_belong, save_stage_two
 from prior import PRIORS
@@ -34,9 +34,9 @@ class Options:
     """The run.
 
     Args:
-        run: run folder of stage one; default the newest under runs/ that has codes.
-        output: folder for the prior; default that of stage one. Another one receives a copy of the tokenizer.
-        class_conditional: condition the prior on the class labels, where the codes have them.
+    run: run folder of stage one; default the newest under runs/ that has codes.
+    output: folder for the prior; default that of stage one. Another one receives a copy of the tokenizer.
+    class_conditional: condition the prior on the class labels, where the codes have them.
     """
 
     run: str | None = None
@@ -45,8 +45,7 @@ class Options:
 
 
 def recipe() -> dict:
-    data = read_json(find_run(peek("run"), CODES) / CODES).get("dataset", {})
-    return read_yaml(DIGITS_RECIPE) if not has_config_file() and data.get("name") == "digits" else {}
+    return digits_recipe(DIGITS_RECIPE, read_json(find_run(peek("run"), CODES) / CODES)["dataset"]["name"])
 
 
 def main() -> None:
@@ -60,8 +59,8 @@ def main() -> None:
     # Codes, and the tokenizer that they came from
     train_codes, validation_codes = (CodeDataset(run / "codes" / split) for split in ("train", "validation"))
     tokenizer = load_tokenizer(run / "tokenizer").to(accelerator.device)
-    for codes in (train_codes, validation_codes):
-        check_codes_belong(codes, tokenizer)
+    check_codes_belong(train_codes, tokenizer)
+    check_codes_belong(validation_codes, tokenizer)
 
     # Model
     torch.manual_seed(training.seed)
@@ -75,7 +74,6 @@ def main() -> None:
     accelerator.print(describe(accelerator, prior, train_codes, validation_codes))
 
     # Training
-    pictures = folder / "stage_two" / "samples"
     result = fit(
         accelerator,
         [Update("prior", objective, adamw(objective, training))],
@@ -85,7 +83,7 @@ def main() -> None:
         config=training,
         resolved={**config, "run": None, "output": None, "codes": train_codes.fingerprint},
         on_start=lambda: save_config(folder / "stage_two" / "config.yaml", config),
-        on_evaluate=lambda step, model: save_samples(model, tokenizer, pictures / f"{step:07d}.png"),
+        on_evaluate=lambda step, model: save_samples(model, tokenizer, folder / f"stage_two/samples/{step:07d}.png"),
     )
 
     # Model folder
@@ -94,8 +92,7 @@ def main() -> None:
         prior.load_state_dict(result.weights)
         if folder.resolve() != run.resolve():
             save_model(tokenizer, folder / "tokenizer")
-            if (run / "stage_one" / "config.yaml").is_file():  # evaluate.py reads there which data it was
-                save_config(folder / "stage_one" / "config.yaml", read_yaml(run / "stage_one" / "config.yaml"))
+            adopt_data_section(run, folder)
         save_model(prior, folder / "prior")
         save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics)
         save_samples(prior, tokenizer, folder / "samples.png")

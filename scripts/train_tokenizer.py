@@ -15,12 +15,12 @@ import torch
 
 from pipelines.checkpoint import build_tokenizer, fingerprint, save_model
 from pipelines.codes import write_codes
-from pipelines.config import Polymorphic, has_config_file, parse, peek, read_yaml
+from pipelines.config import Polymorphic, parse, peek
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions
-from pipelines.runs import RUNS, run_script, save_config, say_skipped
+from pipelines.runs import RUNS, digits_recipe, run_script, save_config, say_skipped
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import save_stage_one
 from tokenizer import TOKENIZERS
@@ -39,14 +39,9 @@ class Options:
     output: str | None = None
 
 
-def recipe() -> dict:
-    on_digits = not has_config_file() and peek("data.name") in (None, "digits")
-    return read_yaml(DIGITS_RECIPE) if on_digits else {}
-
-
 def main() -> None:
     sections = {"data": DataConfig, "tokenizer": Polymorphic(TOKENIZERS, "vqvae"), "training": TrainingConfig}
-    config = parse(__doc__, sections, Options, defaults=recipe)
+    config = parse(__doc__, sections, Options, defaults=lambda: digits_recipe(DIGITS_RECIPE, peek("data.name")))
     folder = Path(config["output"] or RUNS / f"{config['data']['name'].lower()}-{config['tokenizer']['type']}")
     training = TrainingConfig(**config["training"])
     accelerator = make_accelerator(training, folder / "stage_one")

@@ -151,6 +151,17 @@ def test_help_keeps_the_lines_of_the_description(capsys):
     assert "    python first.py\n    python second.py\n" in capsys.readouterr().out
 
 
+def test_help_shows_the_defaults_that_hold_and_does_without_those_that_cannot_be_had(capsys):
+    def missing():
+        raise ValueError("no run")
+
+    for defaults, shown in ((lambda: {"training": {"seed": 77}}, "(type: int, default: 77)"), (missing, "--output")):
+        with pytest.raises(SystemExit) as exit_:
+            parse("A script.", SECTIONS, Options, ["--help"], defaults=defaults)
+        assert exit_.value.code == 0
+        assert shown in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_lists_every_field(capsys):
     with pytest.raises(SystemExit) as exit_:
         read("--help")
