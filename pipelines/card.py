@@ -51,7 +51,11 @@ def _metrics_table(metrics: dict) -> str:
     if not metrics:
         return "Nothing yet; `scripts/evaluate.py` fills this table."
     rows = [f"| {name} | {_number(value)} |" for name, value in metrics.items()]
-    return "\n".join(["| metric | value |", "|---|---|", *rows])
+    units = (
+        "The tokenizer's nll is in nats per pixel and channel, the prior's in nats per code, psnr in dB; nats and "
+        "bits_per_dim bound -log p(x) of the pixels, as distortion (p(x | codes)) plus rate (p(codes))."
+    )
+    return "\n".join(["| metric | value |", "|---|---|", *rows, "", units])
 
 
 def _number(value) -> str:

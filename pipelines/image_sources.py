@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import inspect
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class Probe(NamedTuple):
     digest: bytes
 
 
-class Source:
+class Source(ABC):
     """Raw images by number.
 
     where: for messages. class_names: empty if there are no labels. carved: the splits to be carved out of these images,
@@ -43,15 +44,16 @@ class Source:
     probe_count: int
     thread_safe = True
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        raise NotImplementedError
+        """What messages call the image."""
 
+    @abstractmethod
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image and its label (0 if there are none)."""
-        raise NotImplementedError
 
     def probe(self, index: int) -> Probe:
         image, label = self.read(index)
