@@ -300,14 +300,15 @@ def check_belongs(prior: Prior, tokenizer: Tokenizer) -> None:
         raise ValueError(f"the prior's code space {prior.spec} is not the tokenizer's, {tokenizer.spec}")
 
 
-def check_codes_belong(codes, tokenizer: Tokenizer) -> None:
-    """Raises ValueError, with both fingerprints, unless a `CodeDataset` was written by `tokenizer`."""
+def check_codes_belong(tokenizer: Tokenizer, *data_sets) -> None:
+    """Raises ValueError, with both fingerprints, unless every `CodeDataset` was written by `tokenizer`."""
     found = fingerprint(tokenizer)
-    if codes.fingerprint != found:
-        raise ValueError(
-            f"{codes.folder} holds codes of tokenizer {codes.fingerprint}, but the tokenizer given has fingerprint "
-            f"{found}. Write its codes with scripts/extract_codes.py --overwrite true"
-        )
+    for codes in data_sets:
+        if codes.fingerprint != found:
+            raise ValueError(
+                f"{codes.folder} holds codes of tokenizer {codes.fingerprint}, but the tokenizer given has fingerprint "
+                f"{found}. Write its codes with scripts/extract_codes.py --overwrite true"
+            )
 
 
 def save_stage_one(folder: Path, tokenizer: Tokenizer, class_names: Sequence[str], metrics: dict) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole path on scikit-learn's hand-written digits, about 5 minutes on two CPU cores after the installation:
+# The whole path on scikit-learn's hand-written digits, about 3 minutes on two CPU cores after the installation:
 # train a VQ-VAE, dump its codes, train a GPT over them, sample, measure. Run again, it re-uses what is finished.
 . "$(dirname "$0")/setup.sh"
 run=${1:-runs/digits-vqvae}

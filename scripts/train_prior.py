@@ -4,8 +4,7 @@
     accelerate launch scripts/train_prior.py --run runs/mnist-vqvae --prior.type pixelcnn
 
 Takes the newest run's codes when told nothing else, and makes its folder one that Pipeline.from_pretrained loads. For
-codes of the embedded digits the defaults are those of scripts/configs/digits_gpt.yaml. The same command run again
-continues where it stopped.
+codes of the digits the defaults are those of scripts/configs/digits_gpt.yaml. Run again, the command continues.
 """
 
 from dataclasses import dataclass
@@ -49,8 +48,7 @@ def recipe() -> dict:
 
 
 def main() -> None:
-    sections = {"prior": Polymorphic(PRIORS, "gpt"), "training": TrainingConfig}
-    config = parse(__doc__, sections, Options, defaults=recipe)
+    config = parse(__doc__, {"prior": Polymorphic(PRIORS, "gpt"), "training": TrainingConfig}, Options, defaults=recipe)
     run = find_run(config["run"], CODES)
     folder = Path(config["output"] or run)
     training = TrainingConfig(**config["training"])
@@ -59,8 +57,7 @@ def main() -> None:
     # Codes, and the tokenizer that they came from
     train_codes, validation_codes = (CodeDataset(run / "codes" / split) for split in ("train", "validation"))
     tokenizer = load_tokenizer(run / "tokenizer").to(accelerator.device)
-    check_codes_belong(train_codes, tokenizer)
-    check_codes_belong(validation_codes, tokenizer)
+    check_codes_belong(tokenizer, train_codes, validation_codes)
 
     # Model
     torch.manual_seed(training.seed)
