@@ -165,6 +165,7 @@ def test_a_stopped_and_continued_run_is_the_uninterrupted_run(model, tmp_path):
         with pytest.raises(SystemExit) as stop:
             train(model, tmp_path / "parts", config, on_evaluate=interrupt_at(step))
         assert stop.value.code == 128 + signal.SIGTERM
+        assert (tmp_path / "parts" / "state" / f"step-{step:08d}").is_dir()
     result = train(model, tmp_path / "parts", config)
     assert result.steps_run == 2
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
@@ -324,6 +325,12 @@ def test_two_accumulated_micro_batches_equal_one_batch(model, tmp_path):
     one, two = final_tensors(tmp_path / "one"), final_tensors(tmp_path / "two")
     for name in one:  # another order of float32 sums; Adam divides by small second moments
         torch.testing.assert_close(one[name], two[name], atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_a_codebook_moves_once_per_step(num_micro_batches, tmp_path):
+    train("vqvae-ema_vq", tmp_path, replace(CONFIG, gradient_accumulation_steps=num_micro_batches))
+    assert final_tensors(tmp_path)["model.weights/model.quantizer.num_updates"] == CONFIG.total_steps
 
 
 def test_ema_follows_its_recursion():
