@@ -150,8 +150,9 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
     tokenizer = load_tokenizer(other / "tokenizer")
     next(tokenizer.parameters()).data.flatten()[0] += 1
     save_model(tokenizer, other / "tokenizer")
-    done = run(tmp_path, "train_prior", "--run", str(other), *TINY_PRIOR, *SHORT)
+    done = run(tmp_path, "train_prior", "--run", str(other), "--output", "own", *TINY_PRIOR, *SHORT)
     assert done.returncode == 1
+    assert not (tmp_path / "own" / "stage_two" / "state").exists()  # before any training
     assert len(done.stderr.strip().splitlines()) == 1
     recorded = json.loads((run_folder / "prior" / "config.json").read_text())["tokenizer_fingerprint"]
     assert recorded in done.stderr
