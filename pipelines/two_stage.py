@@ -198,7 +198,7 @@ class Pipeline:
                     generator=generators[part],
                     callback=advance,
                 )
-                batches.append(codes if output_type == "codes" else (self.tokenizer.decode(codes, generators[start]),))
+                batches.append(codes if output_type == "codes" else (self.tokenizer.decode(codes, generators[part]),))
         joined = tuple(torch.cat(parts) for parts in zip(*batches))
         return joined if output_type == "codes" else _output(joined[0], output_type)
 
@@ -210,14 +210,14 @@ class Pipeline:
         return self.tokenizer.encode(self._images(images))
 
     @torch.no_grad()
-    def decode(self, codes: Codes, *, generator: torch.Generator | None = None, output_type: str = "pil"):
+    def decode(self, codes: Codes, *, generator: Generators | None = None, output_type: str = "pil"):
         """Images of codes; see `sample` for `output_type`."""
         _check_output_type(output_type)
         codes = tuple(torch.as_tensor(code, device=self.device) for code in codes)
         self.tokenizer.spec.check(codes)
         return _output(self.tokenizer.decode(codes, generator), output_type)
 
-    def reconstruct(self, images, *, generator: torch.Generator | None = None, output_type: str = "pil"):
+    def reconstruct(self, images, *, generator: Generators | None = None, output_type: str = "pil"):
         """What is left of images after encoding and decoding; see `encode` and `sample`."""
         return self.decode(self.encode(images), generator=generator, output_type=output_type)
 

@@ -5,7 +5,7 @@ latent or a code vector, K codebook size, N vectors or codes, L levels (coarse t
 """
 
 import prior  # noqa: F401  first, for what it sets up before torchvision may be imported
-from tokenizer.base import Tokenizer, TokenizerConfig, TokenizerOutput
+from tokenizer.base import PosteriorDraw, Tokenizer, TokenizerConfig, TokenizerOutput
 from tokenizer.vqvae import VQVAE, VQVAEConfig
 from tokenizer.vqvae2 import VQVAE2, VQVAE2Config
 
@@ -18,6 +18,7 @@ __all__ = [
     "TOKENIZERS",
     "VQVAE",
     "VQVAE2",
+    "PosteriorDraw",
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerOutput",

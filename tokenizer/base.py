@@ -1,6 +1,7 @@
 """What a tokenizer is: an autoencoder p(x | codes), q(codes | x), with the prior it assumes while training."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -20,6 +21,21 @@ class TokenizerOutput(NamedTuple):
     images: Tensor
     codes: Codes
     losses: dict[str, Tensor]
+
+
+class PosteriorDraw(NamedTuple):
+    """One draw of the codes z of each image from q(z | x), with what an importance weight is made of.
+
+    log p(x) >= E log mean exp over draws of (log_likelihood + log p(codes) - log_q), in nats, for any prior p(codes).
+
+    codes: one int64 tensor per level; log_q: (B,) log q(codes | x), 0 where the encoder is deterministic;
+    log_likelihood: (B,) log p(x | codes), or log p(x, h | codes) - log q(h | x, codes) of a draw of h for decoders with
+    latents h of their own.
+    """
+
+    codes: Codes
+    log_q: Tensor
+    log_likelihood: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +96,25 @@ class Tokenizer(nn.Module, ABC):
         """The mode of q(codes | x), or a draw from it; for deterministic encoders the same thing."""
 
     @abstractmethod
-    def decode(self, codes: Codes, generator: torch.Generator | None = None) -> Tensor:
-        """The mean of p(x | codes), (B, C, H, W) in [0, 1]; `generator` is for decoders with latents of their own."""
+    def decode(self, codes: Codes, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+        """The mean of p(x | codes), (B, C, H, W) in [0, 1].
+
+        `generator`, one or one per image, is for decoders with latents of their own.
+        """
 
     @abstractmethod
     def nll(self, images: Tensor, codes: Codes) -> Tensor:
         """-log p(x | codes) of the discrete pixels, in nats, shape (B,)."""
+
+    @torch.no_grad()
+    def draw_posterior(self, images: Tensor) -> PosteriorDraw:
+        """A draw from q(codes | x) and its importance weight; here that of a deterministic encoder.
+
+        Draws with torch's global generator; tokenizers with a stochastic encoder override it.
+        """
+        codes = self.encode(images)
+        log_likelihood = -self.nll(images, codes)
+        return PosteriorDraw(codes, torch.zeros_like(log_likelihood), log_likelihood)
 
     def initialize(self, images: Tensor) -> None:
         """Initialisation that depends on data (codebooks); a no-op where there is none."""

@@ -1,5 +1,6 @@
 """An autoencoder with one quantized feature map."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -87,7 +88,7 @@ class VQVAE(Tokenizer):
         return self.quantizer.encode(self._features(images), sample)
 
     @torch.no_grad()
-    def decode(self, codes: Codes, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, codes: Codes, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         self.spec.check(codes)
         return self.likelihood.mean(self._params(self.quantizer.embed(codes)))
 

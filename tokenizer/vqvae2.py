@@ -1,5 +1,6 @@
 """An autoencoder with a pyramid of quantized feature maps, coarse to fine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
@@ -137,7 +138,7 @@ class VQVAE2(Tokenizer):
         return tuple(codes)
 
     @torch.no_grad()
-    def decode(self, codes: Codes, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, codes: Codes, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         self.spec.check(codes)
         return self.likelihood.mean(self._params(self._latents(codes)))
 
