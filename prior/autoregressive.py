@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prior.base import Codes, Prior, PriorConfig, check_fraction
-from prior.sampling import choose
+from prior.base import PADDING, Codes, Prior, PriorConfig, Sampled, check_fraction
+from prior.sampling import draw, final_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,8 @@ class AutoregressiveConfig(PriorConfig):
     """What every autoregressive prior's configuration holds.
 
     Args:
-        class_dropout: probability of training on the null class in place of the label; 0 gives up classifier-free
-            guidance. Only matters with classes.
+        class_dropout: probability of training on the null class in place of the label, or on the empty caption in
+            place of the caption; 0 gives up classifier-free guidance. Only matters with classes or captions.
     """
 
     class_dropout: float = 0.1
@@ -33,14 +33,23 @@ class AutoregressivePrior(Prior):
 
     A subclass writes `logits`, the whole product in one pass, and `steps`, the same one code at a time with a cache; a
     law holds them equal. Classes are labels in [0, num_classes) or the null class, num_classes, which stands for "no
-    label": an unconditional prior knows only that one.
+    label": an unconditional prior knows only that one. Where the prior is conditional on captions, they take the place
+    of classes, and the empty caption that of the null class.
     """
 
-    sampling_options = frozenset({"temperature", "top_k", "top_p", "guidance_scale", "given"})
+    sampling_options = frozenset(
+        {
+            *("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule"),
+            *("given", "codes_callback", "return_log_prob"),
+        }
+    )
 
     @abstractmethod
     def logits(self, codes: Codes, classes: Tensor) -> tuple[Tensor, ...]:
-        """(B, N_l, K_l) per level: the logits of each code, given the codes before it and the classes (B,)."""
+        """(B, N_l, K_l) per level: the logits of each code, given the codes before it and the classes (B,).
+
+        With captions, `classes` are their token ids (B, max_text_length), here and in `steps`.
+        """
 
     @abstractmethod
     def steps(self, classes: Tensor) -> Generator[Tensor, Tensor, None]:
@@ -54,47 +63,79 @@ class AutoregressivePrior(Prior):
         self.check_inputs(codes, labels)
         classes = self.classes(labels, codes[0])
         if self.training and labels is not None and self.config.class_dropout > 0:
-            dropped = torch.rand(classes.shape, device=classes.device) < self.config.class_dropout
-            classes = classes.masked_fill(dropped, self.num_classes)
+            dropped = torch.rand(len(classes), device=classes.device) < self.config.class_dropout
+            dropped = dropped.unflatten(0, (-1, *[1] * (classes.dim() - 1)))  # (B,) or (B, 1)
+            classes = torch.where(dropped, self.null_classes(classes), classes)
         return {"nll": -self._log_prob(codes, classes).mean() / self.spec.length}
 
     def log_prob(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
         self.check_inputs(codes, labels)
         return self._log_prob(codes, self.classes(labels, codes[0]))
 
+    def log_prob_by_code(self, codes: Codes, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        self.check_inputs(codes, labels)
+        return self._log_prob_by_code(codes, self.classes(labels, codes[0]))
+
     def classes(self, labels: Tensor | None, like: Tensor) -> Tensor:
         """(B,): the labels, or the null class for each row of `like` where there are none."""
         return like.new_full(like.shape[:1], self.num_classes) if labels is None else labels
 
+    def null_classes(self, classes: Tensor) -> Tensor:
+        """The null class, or the empty caption, for each row of `classes`."""
+        return torch.full_like(classes, PADDING if self.conditional_on_text else self.num_classes)
+
     def _log_prob(self, codes: Codes, classes: Tensor) -> Tensor:
+        levels = [log_probs.flatten(1).sum(1) for log_probs in self._log_prob_by_code(codes, classes)]
+        return torch.stack(levels).sum(0)
+
+    def _log_prob_by_code(self, codes: Codes, classes: Tensor) -> tuple[Tensor, ...]:
         # the sum over many codes needs float32, also under autocast
         levels = zip(self.logits(codes, classes), codes)
-        nll = [F.cross_entropy(z.float().mT, code.flatten(1), reduction="none").sum(1) for z, code in levels]
-        return -torch.stack(nll).sum(0)
+        return tuple(
+            -F.cross_entropy(z.float().mT, code.flatten(1), reduction="none").view(code.shape) for z, code in levels
+        )
 
-    def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
+    def _sample(self, *arguments) -> Codes:
+        return self._sample_by_steps(*arguments, None).codes
+
+    def _sample_by_steps(self, num_samples, labels, options, noise, given, callback, codes_callback) -> Sampled:
         uniform = noise.uniform(self.spec.length)
         classes = self.classes(labels, torch.empty(num_samples, dtype=torch.int64, device=noise.device))
         if options.guided:
             # one pass of twice the batch: with the label, and without
-            classes = torch.cat([classes, torch.full_like(classes, self.num_classes)])
-        copies = len(classes) // num_samples
+            classes = torch.cat([classes, self.null_classes(classes)])
+        copies, length = len(classes) // num_samples, self.spec.length
         if given is not None:
             fixed, known = self.spec.flatten(given[0]), self.spec.flatten(given[1])
-        steps, codes, sent = self.steps(classes), [], None
-        for i in range(self.spec.length):
-            code = choose(steps.send(sent), options, uniform[:, i])
+        steps, codes, log_probs, sent = self.steps(classes), [], [], None
+        for i in range(length):
+            code, log_prob = draw(final_logits(steps.send(sent), options, i, length), uniform[:, i])
             if given is not None:
                 code = torch.where(known[:, i], fixed[:, i], code)
+                log_prob = log_prob.masked_fill(known[:, i], 0.0)
             codes.append(code)
+            log_probs.append(log_prob)
             sent = code.repeat(copies)
-            callback(i + 1, self.spec.length)
-        return self.spec.unflatten(torch.stack(codes, dim=1))
+            callback(i + 1, length)
+            if codes_callback is not None:
+                codes_callback(*self._so_far(codes, given))
+        return Sampled(self.spec.unflatten(torch.stack(codes, dim=1)), torch.stack(log_probs, dim=1).sum(dim=1))
+
+    def _so_far(self, codes: list[Tensor], given) -> tuple[Codes, Codes]:
+        """What `codes_callback` is told: the first codes of the sequence and those that are given."""
+        first = torch.stack(codes, dim=1)
+        sequence = F.pad(first, (0, self.spec.length - len(codes)))
+        arrived = F.pad(torch.ones_like(first, dtype=torch.bool), (0, self.spec.length - len(codes)))
+        if given is not None:
+            fixed, known = self.spec.flatten(given[0]), self.spec.flatten(given[1])
+            sequence, arrived = torch.where(known, fixed, sequence), arrived | known
+        return self.spec.unflatten(sequence), self.spec.unflatten(arrived)
 
     def _check_options(self, options, given) -> None:
         super()._check_options(options, given)
         if options.guided and self.config.class_dropout == 0:
             raise ValueError(
-                f"guidance_scale = {options.guidance_scale} needs a prior that also learned to do without labels, "
-                f"but this one was trained without class dropout (class_dropout = 0); leave guidance_scale at 1"
+                f"guidance_scale = {options.guidance_scale} needs a prior that also learned to do without labels "
+                f"or captions, but this one was trained without class dropout (class_dropout = 0); "
+                f"leave guidance_scale at 1"
             )

@@ -4,28 +4,32 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from prior.sampling import ImageNoise, SamplingOptions
+from prior.sampling import GuidanceSchedule, ImageNoise, SamplingOptions
 
 Codes = tuple[Tensor, ...]
+
+PADDING = -1  # follows the token ids of a caption up to max_text_length; a caption of nothing else is the empty one
 
 
 @dataclass(frozen=True)
 class CodeSpec:
-    """The space that codes live in: one integer array per level, coarse to fine.
+    """The space that codes live in: one array per level, coarse to fine, of integers or of real numbers.
 
     Args:
         shapes: shape of each level without the batch, e.g. ((8, 8),), ((32, 32), (64, 64)) or ((200,),).
-        vocab_sizes: number K of values of each level; the entries of level l lie in [0, K_l).
+        vocab_sizes: number K of values of each level; the entries of level l are integers in [0, K_l). None where they
+            are real numbers, as in a Gaussian variational autoencoder; log-probabilities are then log densities.
     Raises:
         ValueError: no level, a level without a vocabulary, or a size below 1.
     """
 
     shapes: tuple[tuple[int, ...], ...]
-    vocab_sizes: tuple[int, ...]
+    vocab_sizes: tuple[int | None, ...]
 
     def __post_init__(self):
         # JSON and YAML give lists
@@ -36,7 +40,8 @@ class CodeSpec:
                 f"a code space needs one vocabulary size per level and at least one level, "
                 f"got shapes {self.shapes} and vocab_sizes {self.vocab_sizes}"
             )
-        sizes = [*self.vocab_sizes, *(size for shape in self.shapes for size in shape)]
+        vocab_sizes = [vocab_size for vocab_size in self.vocab_sizes if vocab_size is not None]
+        sizes = [*vocab_sizes, *(size for shape in self.shapes for size in shape)]
         if any(not isinstance(size, int) or size < 1 for size in sizes) or not all(self.shapes):
             raise ValueError(f"code sizes must be integers of at least 1, got {self}")
 
@@ -55,21 +60,38 @@ class CodeSpec:
         return sum(self.lengths)
 
     @property
+    def is_discrete(self) -> bool:
+        """Whether the codes of every level are integers."""
+        return None not in self.vocab_sizes
+
+    @property
     def max_nats(self) -> float:
-        """Nats per image under the uniform distribution: sum of log K over all codes."""
-        return sum(n * math.log(k) for n, k in zip(self.lengths, self.vocab_sizes))
+        """Nats per image under the uniform distribution: sum of log K over all codes; infinite for real numbers."""
+        return sum(n * (math.inf if k is None else math.log(k)) for n, k in zip(self.lengths, self.vocab_sizes))
+
+    def check_discrete(self, who: str) -> None:
+        """Raises ValueError, which says `who` asks, unless the codes of every level are integers."""
+        if not self.is_discrete:
+            raise ValueError(
+                f"{who} takes integer codes, but level {self.vocab_sizes.index(None)} of {self} holds real numbers; "
+                "only the prior 'gaussian_mixture', which is learned with a tokenizer, takes these"
+            )
 
     def check(self, codes: Codes) -> None:
-        """Raises ValueError if `codes` are not int64 arrays of this space (shapes, dtype, range)."""
+        """Raises ValueError if `codes` are not arrays of this space: shapes, range, int64 or a floating-point type."""
         if len(codes) != self.num_levels:
             raise ValueError(f"got codes of {len(codes)} levels, this code space has {self.num_levels}: {self}")
         for level, (code, shape, vocab_size) in enumerate(zip(codes, self.shapes, self.vocab_sizes)):
-            if tuple(code.shape[1:]) != shape or code.dtype != torch.int64:
+            of_type = code.is_floating_point() if vocab_size is None else code.dtype == torch.int64
+            if tuple(code.shape[1:]) != shape or not of_type:
                 raise ValueError(
-                    f"level {level} of the codes must be int64 of shape (batch, {', '.join(map(str, shape))}), "
-                    f"got {code.dtype} of shape {tuple(code.shape)}"
+                    f"level {level} of the codes must be {'floating-point' if vocab_size is None else 'int64'} "
+                    f"of shape (batch, {', '.join(map(str, shape))}), got {code.dtype} of shape {tuple(code.shape)}"
                 )
-            if code.numel() and (code.min() < 0 or code.max() >= vocab_size):
+            if vocab_size is None:
+                if not code.isfinite().all():
+                    raise ValueError(f"level {level} of the codes must hold finite numbers, got nan or inf")
+            elif code.numel() and (code.min() < 0 or code.max() >= vocab_size):
                 raise ValueError(
                     f"level {level} of the codes must lie in [0, {vocab_size}), "
                     f"got values from {code.min().item()} to {code.max().item()}"
@@ -94,19 +116,40 @@ class PriorConfig:
 
     Args:
         spec: the code space, taken from the codes.
-        num_classes: number of class labels; 0 for an unconditional prior.
+        num_classes: number of class labels; 0 for a prior without classes.
+        text_vocab_size: number of token ids that captions are made of; 0 for a prior without captions.
+        max_text_length: tokens of the longest caption; captions are padded to it.
         tokenizer_fingerprint: hash of the tokenizer whose codes the prior was trained on.
+        text_tokenizer_fingerprint: hash of the text tokenizer that made the token ids of its captions.
     Raises:
-        ValueError: num_classes is negative.
+        ValueError: a number below 0, both classes and captions, only one of the two sizes of captions, or codes that
+            are real numbers where the subclass does not set `takes_real`.
     """
 
+    takes_real: ClassVar[bool] = False
     spec: CodeSpec
     num_classes: int = 0
+    text_vocab_size: int = 0
+    max_text_length: int = 0
     tokenizer_fingerprint: str = ""
+    text_tokenizer_fingerprint: str = ""
 
     def __post_init__(self):
+        if not self.takes_real:
+            self.spec.check_discrete(f"prior {type(self).__name__.removesuffix('Config')}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be at least 0 (0: unconditional), got {self.num_classes}")
+        sizes = (self.text_vocab_size, self.max_text_length)
+        if min(sizes) < 0 or (min(sizes) == 0) != (max(sizes) == 0):
+            raise ValueError(
+                "text_vocab_size and max_text_length must both be at least 1, or both 0 for a prior without captions, "
+                f"got {sizes[0]} and {sizes[1]}"
+            )
+        if self.num_classes > 0 and self.text_vocab_size > 0:
+            raise ValueError(
+                f"a prior is conditional on classes or on captions, got num_classes = {self.num_classes} and "
+                f"text_vocab_size = {self.text_vocab_size}; leave one of them at 0"
+            )
 
 
 def check_positive(config: PriorConfig, *names: str) -> None:
@@ -123,14 +166,29 @@ def check_fraction(config: PriorConfig, *names: str) -> None:
             raise ValueError(f"{name} is a probability in [0, 1), got {getattr(config, name)}")
 
 
+class Sampled(NamedTuple):
+    """What `Prior.sample` returns with return_log_prob.
+
+    codes: one tensor (B, *shape) per level; log_prob: (B,) nats, the log-probability with which these codes were
+    drawn. It is that of the distribution that the sampling options make, not the prior's own, which `Prior.log_prob`
+    gives; codes that were given were not drawn and count nothing.
+    """
+
+    codes: Codes
+    log_prob: Tensor
+
+
 class Prior(nn.Module, ABC):
-    """A distribution p(codes) or p(codes | label) over a `CodeSpec`.
+    """A distribution p(codes), p(codes | class) or p(codes | caption) over a `CodeSpec`.
 
     A subclass sets `Config`, names the sampling options it honours, and writes `log_prob` and `_sample`.
-    Labels are given if and only if `num_classes > 0`.
+    Labels are what the prior is conditional on, given if and only if it is: (B,) classes in [0, num_classes) where
+    `num_classes > 0`; (B, max_text_length) token ids of captions in [0, text_vocab_size), followed by `PADDING`, where
+    `conditional_on_text`, which only a subclass that sets `takes_text` can be. All int64.
     """
 
     Config: type[PriorConfig] = PriorConfig
+    takes_text: bool = False
     sampling_options: frozenset[str] = frozenset()
 
     def __init__(self, config: PriorConfig):
@@ -138,6 +196,9 @@ class Prior(nn.Module, ABC):
         self.config = config
         self.spec = config.spec
         self.num_classes = config.num_classes
+        self.conditional_on_text = config.text_vocab_size > 0
+        if self.conditional_on_text and not self.takes_text:
+            raise ValueError(f"{type(self).__name__} cannot be conditional on captions; take the prior 'gpt'")
 
     @classmethod
     def from_pretrained(cls, path_or_id: str, **download_options) -> "Prior":
@@ -160,6 +221,17 @@ class Prior(nn.Module, ABC):
     def log_prob(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
         """log p(codes | labels) in nats, shape (B,). Never drops the condition, whatever the training mode."""
 
+    def log_prob_by_code(self, codes: Codes, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(B, *shape) per level, in nats: the share of each code in `log_prob`, given the codes that come before it.
+
+        Raises:
+            ValueError: this prior does not predict one code after another.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not predict one code after another, so single codes have no log-probability; "
+            "take log_prob for all of them together"
+        )
+
     @torch.no_grad()
     def sample(
         self,
@@ -169,32 +241,51 @@ class Prior(nn.Module, ABC):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         guidance_scale: float = 1.0,
+        guidance_schedule: GuidanceSchedule = "constant",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         given: tuple[Codes, Codes] | None = None,
         callback: Callable[[int, int], None] | None = None,
-    ) -> Codes:
+        codes_callback: Callable[[Codes, Codes], None] | None = None,
+        return_log_prob: bool = False,
+    ) -> Codes | Sampled:
         """Draws codes.
 
         Args:
             num_samples: number of images B.
-            labels: (B,) int64 class labels, if and only if the prior is class-conditional.
+            labels: (B,) class labels or (B, max_text_length) token ids of captions, if and only if the prior is
+                conditional on one of them; see the class.
             temperature: divides the logits; 0 takes the most probable code each time.
             top_k: keep only the k most probable codes at each position.
             top_p: keep the smallest set of codes whose probability reaches p (nucleus sampling).
+            min_p: keep the codes at least min_p times as probable as the most probable one (Nguyen et al. 2024,
+                arXiv:2407.01082). Filters act in the order temperature, top_k, top_p, min_p, as in `transformers`.
             guidance_scale: classifier-free guidance (Ho & Salimans 2022); 1 is off.
+            guidance_schedule: "constant"; "linear", from 1 at the first code to guidance_scale at the last, as in MUSE
+                (Chang et al. 2023, arXiv:2301.00704) and VAR (Tian et al. 2024, arXiv:2404.02905); or (start, end):
+                guidance_scale for the codes from the fraction `start` of the sequence up to, not including, `end`, and
+                1 elsewhere, after the limited interval of Kynkaanniemi et al. 2024 (arXiv:2404.07724). The sequence is
+                that of all levels, coarse to fine.
             generator: one for the batch, or one per image. Image i then depends on its own generator alone,
                 whatever the batch size. None takes fresh seeds from torch's default generator.
             given: (codes, known) per level: codes kept where the boolean `known` is true (completion).
             callback: called as callback(done, total) while the codes arrive.
+            codes_callback: called as codes_callback(codes, arrived) after each step, with the codes so far (0 where
+                there is none yet) and per level a boolean mask of those that are there. They are the callback's to
+                keep.
+            return_log_prob: whether to return the log-probability of each draw too.
         Returns:
-            one int64 tensor (B, *shape) per level.
+            one tensor (B, *shape) per level; with return_log_prob a `Sampled` of them and log_prob (B,).
         Raises:
             ValueError: an option out of range, or one that this prior cannot honour.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        options = SamplingOptions(temperature, top_k, top_p, guidance_scale)
+        options = SamplingOptions(temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule)
+        extras = {"given": given is not None, "codes_callback": codes_callback is not None,
+                  "return_log_prob": return_log_prob}  # fmt: skip
+        self._check_supported(options.names_set() | {name for name, asked in extras.items() if asked})
         self._check_options(options, given)
         self.check_labels(labels, num_samples)
         device = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0)).device
@@ -203,10 +294,14 @@ class Prior(nn.Module, ABC):
         if given is not None:
             given = self._check_given(given, num_samples, device)
         noise = ImageNoise(num_samples, generator, device)
+        arguments = (num_samples, labels, options, noise, given, callback or (lambda done, total: None))
         training = self.training
         self.eval()
         try:
-            return self._sample(num_samples, labels, options, noise, given, callback or (lambda done, total: None))
+            if not return_log_prob and codes_callback is None:
+                return self._sample(*arguments)
+            sampled = self._sample_by_steps(*arguments, codes_callback)
+            return sampled if return_log_prob else sampled.codes
         finally:
             self.train(training)
 
@@ -222,6 +317,12 @@ class Prior(nn.Module, ABC):
     ) -> Codes:
         """`sample` with everything checked, labels and given codes on the prior's device, in evaluation mode."""
 
+    def _sample_by_steps(
+        self, num_samples, labels, options, noise, given, callback, codes_callback: Callable | None
+    ) -> Sampled:
+        """`_sample` of the priors that name "return_log_prob" and "codes_callback" among their options."""
+        raise NotImplementedError
+
     def check_inputs(self, codes: Codes, labels: Tensor | None) -> None:
         """Raises ValueError unless the codes are of this prior's space and the labels fit them."""
         self.spec.check(codes)
@@ -229,6 +330,9 @@ class Prior(nn.Module, ABC):
 
     def check_labels(self, labels: Tensor | None, num_samples: int) -> None:
         """Raises ValueError unless labels are given exactly when they are needed, in number and range."""
+        if self.conditional_on_text:
+            self._check_text(labels, num_samples)
+            return
         if self.num_classes == 0:
             if labels is not None:
                 raise ValueError("this prior is unconditional (num_classes = 0), but labels were given")
@@ -245,17 +349,37 @@ class Prior(nn.Module, ABC):
                 f"got values from {labels.min().item()} to {labels.max().item()}"
             )
 
-    def _check_options(self, options: SamplingOptions, given) -> None:
-        asked = options.names_set() | ({"given"} if given is not None else set())
+    def _check_text(self, labels: Tensor | None, num_samples: int) -> None:
+        length, vocab_size = self.config.max_text_length, self.config.text_vocab_size
+        if labels is None:
+            raise ValueError("this prior is conditional on captions: give the token ids of one for each image")
+        if labels.shape != (num_samples, length) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"captions must be int64 of shape ({num_samples}, {length}), "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        if labels.numel() and (labels.min() < PADDING or labels.max() >= vocab_size):
+            raise ValueError(
+                f"token ids of captions must lie in [0, {vocab_size}), or be {PADDING} for padding, "
+                f"got values from {labels.min().item()} to {labels.max().item()}"
+            )
+        padding = labels == PADDING
+        if (padding[:, :-1] & ~padding[:, 1:]).any():
+            raise ValueError(f"padding ({PADDING}) may only stand after the last token of a caption")
+
+    def _check_supported(self, asked: set[str]) -> None:
         unsupported = sorted(asked - self.sampling_options)
         if unsupported:
             raise ValueError(
                 f"{type(self).__name__} cannot honour {', '.join(unsupported)}; "
                 f"it supports {', '.join(sorted(self.sampling_options)) or 'no sampling options'}"
             )
-        if options.guidance_scale != 1.0 and self.num_classes == 0:
+
+    def _check_options(self, options: SamplingOptions, given) -> None:
+        if options.guidance_scale != 1.0 and self.num_classes == 0 and not self.conditional_on_text:
             raise ValueError(
-                f"guidance_scale = {options.guidance_scale} needs a class-conditional prior; this one has no classes"
+                f"guidance_scale = {options.guidance_scale} needs a prior that is conditional on classes or captions; "
+                "this one is unconditional"
             )
 
     def _check_given(self, given, num_samples: int, device) -> tuple[Codes, Codes]:

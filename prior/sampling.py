@@ -1,11 +1,15 @@
-"""From logits to codes: temperature, top-k, top-p, guidance, and noise that belongs to each image alone."""
+"""From logits to codes: temperature, top-k, top-p, min-p, guidance, and noise that belongs to each image alone."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+GuidanceSchedule = Literal["constant", "linear"] | tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,9 @@ class SamplingOptions:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     guidance_scale: float = 1.0
+    guidance_schedule: GuidanceSchedule = "constant"
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -28,33 +34,63 @@ class SamplingOptions:
             raise ValueError(f"top_k must be an integer of at least 1, or None to keep every code, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], or be None to keep every code, got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], or be None to keep every code, got {self.min_p}")
         if not 0 <= self.guidance_scale < math.inf:
             raise ValueError(f"guidance_scale must be finite and at least 0, got {self.guidance_scale}")
+        object.__setattr__(self, "guidance_schedule", _checked_schedule(self.guidance_schedule))
+        # what changes nothing is not an option at all, so that every prior can honour it
         if self.top_p == 1:
-            # the whole distribution: not an option at all, so that every prior can honour it
             object.__setattr__(self, "top_p", None)
+        if self.min_p == 0:
+            object.__setattr__(self, "min_p", None)
+        if self.guidance_scale == 1:
+            object.__setattr__(self, "guidance_schedule", "constant")
 
     @property
     def guided(self) -> bool:
+        """Whether the logits without the condition are needed; true even where some positions have scale 1."""
         return self.guidance_scale != 1
+
+    def guidance_at(self, position: int, length: int) -> float:
+        """The scale at one position, from 0 on, of a sequence of `length` codes."""
+        if self.guidance_schedule == "constant":
+            return self.guidance_scale
+        if self.guidance_schedule == "linear":
+            return 1 + (self.guidance_scale - 1) * (position / (length - 1) if length > 1 else 1.0)
+        start, end = self.guidance_schedule
+        return self.guidance_scale if start <= position / length < end else 1.0
 
     def names_set(self) -> set[str]:
         """Names of the options that differ from their default."""
         return {field.name for field in fields(self) if getattr(self, field.name) != field.default}
 
 
-def choose(logits: Tensor, options: SamplingOptions, uniform: Tensor) -> Tensor:
-    """Codes (B,) from the logits of one position.
+def _checked_schedule(schedule) -> GuidanceSchedule:
+    if isinstance(schedule, str) and schedule in ("constant", "linear"):
+        return schedule
+    interval = schedule if isinstance(schedule, (tuple, list)) and len(schedule) == 2 else ()
+    if interval and all(isinstance(bound, Real) for bound in interval) and 0 <= interval[0] < interval[1] <= 1:
+        return float(interval[0]), float(interval[1])
+    raise ValueError(
+        "guidance_schedule must be 'constant', 'linear', or an interval (start, end) of the sequence with "
+        f"0 <= start < end <= 1, got {schedule!r}"
+    )
+
+
+def final_logits(logits: Tensor, options: SamplingOptions, position: int, length: int) -> Tensor:
+    """(B, K) in float32: the logits of the distribution that the code of one position is drawn from.
 
     Args:
         logits: (B, K); with guidance (2 B, K), the conditional ones first.
         options: how to change the distribution that the logits stand for.
-        uniform: (B,) noise in [0, 1), each image's own.
+        position: of the code in its sequence of `length` codes, from 0 on.
     """
     if options.guided:
         conditional, unconditional = logits.chunk(2)
-        logits = guide(conditional, unconditional, options.guidance_scale)
-    return draw(filter_logits(logits, options), uniform)
+        scale = options.guidance_at(position, length)
+        logits = conditional if scale == 1 else guide(conditional, unconditional, scale)
+    return filter_logits(logits, options)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -68,11 +104,11 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Logits (..., K) in float32 with temperature, then top-k, then top-p applied: the order of `transformers`.
+    """Logits (..., K) in float32 with temperature, top-k, top-p, then min-p applied: the order of `transformers`.
 
-    Codes that are filtered out get minus infinity; at least one code is kept. Codes that tie with the k-th are kept
-    too, so that the result does not depend on a device's order of sorting; for top-p, and for the single code of
-    temperature 0, the lower of two equal codes comes first.
+    Codes that are filtered out get minus infinity; at least one code is kept. Codes that tie with the last one kept are
+    kept too, so that the result does not depend on a device's order of sorting; of equal codes, temperature 0 takes the
+    first.
     """
     logits = logits.float()
     # the largest is 0 from here on, so a small temperature sends the others to -inf and never overflows
@@ -83,22 +119,27 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     logits = logits / options.temperature
     if options.top_k is not None:
         # topk, not sort: K is often 16384 and k some hundreds
-        kept = logits.topk(min(options.top_k, logits.shape[-1])).values
-        logits = logits.masked_fill(logits < kept[..., -1:], -torch.inf)
+        ordered = logits.topk(min(options.top_k, logits.shape[-1])).values
+        logits = logits.masked_fill(logits < ordered[..., -1:], -torch.inf)
+    elif options.top_p is not None:
+        ordered = logits.sort(dim=-1, descending=True).values
     if options.top_p is not None:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.softmax(-1)
+        # the nucleus reaches to the last code before which less than top_p has been collected
+        probabilities = (ordered - logits.logsumexp(-1, keepdim=True)).exp()
         before = probabilities.cumsum(-1) - probabilities  # 0 for the first, which is hence always kept
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= options.top_p)
-        logits = logits.masked_fill(dropped, -torch.inf)
+        last = (before < options.top_p).sum(-1, keepdim=True) - 1
+        logits = logits.masked_fill(logits < ordered.gather(-1, last), -torch.inf)
+    if options.min_p is not None:
+        # the most probable code has logit 0: p >= min_p max p (Nguyen et al. 2024, arXiv:2407.01082)
+        logits = logits.masked_fill(logits < math.log(options.min_p), -torch.inf)
     return logits
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Codes (B,) from logits (B, K) and noise (B,) in [0, 1] by the inverse of the cumulative distribution.
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (B,) from logits (B, K) and noise (B,) in [0, 1], and their log-probabilities (B,) in nats.
 
-    The same noise gives the same codes on every device, up to rounding, unlike `torch.multinomial`; a code of
-    probability zero is never drawn.
+    By the inverse of the cumulative distribution: the same noise gives the same codes on every device, up to rounding,
+    unlike `torch.multinomial`; a code of probability zero is never drawn.
     """
     probabilities = logits.float().softmax(-1)
     # impossible codes stay at 0 and cannot be the first to exceed the target; that a parallel cumsum need not be
@@ -107,7 +148,8 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     largest = cumulative.amax(-1, keepdim=True)
     # u (1 - 2^-24) rounds to less than its other factor in float32, also for u = 1
     target = uniform[:, None].float().clamp(max=1 - 2**-24) * largest
-    return (cumulative > target).int().argmax(-1)  # the first
+    codes = (cumulative > target).int().argmax(-1)  # the first
+    return codes, probabilities.gather(-1, codes[:, None])[:, 0].log()
 
 
 class ImageNoise:
@@ -140,5 +182,12 @@ class ImageNoise:
 
     def uniform(self, *shape: int) -> Tensor:
         """(B, *shape) numbers in [0, 1), row i from the generator of image i."""
-        draws = [torch.rand(shape, generator=g, device=g.device, dtype=torch.float32) for g in self.generators]
+        return self._draw(torch.rand, shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """(B, *shape) standard normal numbers, row i from the generator of image i."""
+        return self._draw(torch.randn, shape)
+
+    def _draw(self, distribution, shape: tuple[int, ...]) -> Tensor:
+        draws = [distribution(shape, generator=g, device=g.device, dtype=torch.float32) for g in self.generators]
         return torch.stack([draw.to(self.device) for draw in draws])

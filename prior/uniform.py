@@ -1,23 +1,30 @@
 """Every combination of codes equally probable: what a VQ-VAE assumes in stage one, and what every prior must beat."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from prior.base import Codes, Prior, PriorConfig
+from prior.base import Codes, Prior, PriorConfig, Sampled
 
 
 class Uniform(Prior):
     """The uniform distribution: log p(codes) = -sum of log K over all codes, whatever the label.
 
     It has nothing to learn; its loss is a constant without a gradient. All codes tie, so options that must choose
-    between ties (top_k, top_p, temperature 0) are refused, while temperature and guidance leave the distribution as it
-    is.
+    between ties (top_k, top_p, temperature 0) are refused, while temperature, min_p and guidance leave the
+    distribution as it is.
 
     Args:
         config: the code space, and the number of classes whose labels are accepted.
     """
 
-    sampling_options = frozenset({"temperature", "guidance_scale", "given"})
+    sampling_options = frozenset(
+        {
+            *("temperature", "min_p", "guidance_scale", "guidance_schedule"),
+            *("given", "codes_callback", "return_log_prob"),
+        }
+    )
 
     def __init__(self, config: PriorConfig):
         super().__init__(config)
@@ -27,6 +34,15 @@ class Uniform(Prior):
     def log_prob(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
         self.check_inputs(codes, labels)
         return torch.full((codes[0].shape[0],), -self.spec.max_nats, device=codes[0].device)
+
+    def log_prob_by_code(self, codes: Codes, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        self.check_inputs(codes, labels)
+        return self._log_prob_by_code(codes)
+
+    def _log_prob_by_code(self, codes: Codes) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.full(code.shape, -math.log(k), device=code.device) for code, k in zip(codes, self.spec.vocab_sizes)
+        )
 
     def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
         vocab_sizes = torch.cat([torch.full((n,), k) for n, k in zip(self.spec.lengths, self.spec.vocab_sizes)])
@@ -38,6 +54,16 @@ class Uniform(Prior):
             codes = tuple(torch.where(known, fixed, code) for fixed, known, code in zip(*given, codes))
         callback(self.spec.length, self.spec.length)
         return codes
+
+    def _sample_by_steps(self, num_samples, labels, options, noise, given, callback, codes_callback) -> Sampled:
+        codes = self._sample(num_samples, labels, options, noise, given, callback)
+        if codes_callback is not None:  # all of them come at once
+            arrived = tuple(torch.ones_like(code, dtype=torch.bool) for code in codes)
+            codes_callback(tuple(code.clone() for code in codes), arrived)
+        log_probs = self._log_prob_by_code(codes)
+        if given is not None:
+            log_probs = tuple(part.masked_fill(known, 0.0) for part, known in zip(log_probs, given[1]))
+        return Sampled(codes, self.spec.flatten(log_probs).sum(dim=1))
 
     def _check_options(self, options, given) -> None:
         super()._check_options(options, given)

@@ -1,0 +1,64 @@
+"""Independent bits with learned probabilities: the factorial prior of DVAE++'s first table."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prior.annealed_importance import LogPartition
+from prior.base import Codes
+from prior.bits import BitPrior, BitPriorConfig, bits_to_codes, codes_to_bits, mask_to_bits
+
+
+class Bernoulli(BitPrior):
+    """Independent bits (Vahdat et al. 2018, arXiv:1802.04920): E(z) = -b1 z_L - b2 z_R, log Z = sum of softplus(b).
+
+    It is an `RBM` without couplings, with the same interface, so that a tokenizer may hold either; all of it is exact.
+
+    Attributes:
+        left_bias (num_left,), right_bias (num_right,): b1, b2, the log-odds of the bits; 0 at first.
+    Args:
+        config: code space and sides.
+    """
+
+    Config = BitPriorConfig
+    sampling_options = frozenset({"temperature", "given"})
+
+    def __init__(self, config: BitPriorConfig):
+        super().__init__(config)
+        self.left_bias = nn.Parameter(torch.zeros(self.num_left))
+        self.right_bias = nn.Parameter(torch.zeros(self.num_right))
+
+    @property
+    def logits(self) -> Tensor:
+        """(n,) log-odds of all bits, in the precision of energies."""
+        return torch.cat([self.left_bias, self.right_bias]).to(self.energy_dtype)
+
+    def energy(self, left: Tensor, right: Tensor) -> Tensor:
+        with torch.autocast(left.device.type, enabled=False):
+            return -(torch.cat([left, right], dim=1).to(self.energy_dtype) @ self.logits)
+
+    def log_partition_loss(self) -> Tensor:
+        """log Z itself, in nats."""
+        return F.softplus(self.logits).sum()
+
+    @torch.no_grad()
+    def log_partition(self) -> LogPartition:
+        value = F.softplus(self.logits.double()).sum().item()
+        return LogPartition(value, value, 0.0, math.inf, exact=True)
+
+    def log_prob(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
+        """log p(codes) in nats (B,), differentiable."""
+        self.check_inputs(codes, labels)
+        return -self.energy(*self.sides(codes)) - self.log_partition_loss()
+
+    def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
+        uniform, logits = noise.uniform(self.num_bits), self.logits
+        most_probable = (logits > 0).expand_as(uniform)
+        bits = uniform < (logits / options.temperature).sigmoid() if options.temperature else most_probable
+        if given is not None:
+            fixed, known = given
+            bits = torch.where(mask_to_bits(self.spec, known), codes_to_bits(self.spec, fixed).bool(), bits)
+        callback(self.num_bits, self.num_bits)
+        return bits_to_codes(self.spec, bits)
