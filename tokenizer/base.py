@@ -1,7 +1,7 @@
 """What a tokenizer is: an autoencoder p(x | codes), q(codes | x), with the prior it assumes while training."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -14,7 +14,7 @@ from prior.base import Codes, CodeSpec, Prior
 class TokenizerOutput(NamedTuple):
     """Result of a training pass.
 
-    images: (B, C, H, W) reconstruction in [0, 1]; codes: one int64 tensor per level; losses: scalars, already
+    images: (B, C, H, W) reconstruction in [0, 1]; codes: one tensor per level; losses: scalars, already
     weighted, whose sum is minimised.
     """
 
@@ -28,7 +28,7 @@ class PosteriorDraw(NamedTuple):
 
     log p(x) >= E log mean exp over draws of (log_likelihood + log p(codes) - log_q), in nats, for any prior p(codes).
 
-    codes: one int64 tensor per level; log_q: (B,) log q(codes | x), 0 where the encoder is deterministic;
+    codes: one tensor per level; log_q: (B,) log q(codes | x), 0 where the encoder is deterministic;
     log_likelihood: (B,) log p(x | codes), or log p(x, h | codes) - log q(h | x, codes) of a draw of h for decoders with
     latents h of their own.
     """
@@ -59,16 +59,19 @@ class TokenizerConfig:
 
 
 class Tokenizer(nn.Module, ABC):
-    """An autoencoder with discrete codes. Images are (B, C, H, W) in [0, 1] at every boundary.
+    """An autoencoder with codes. Images are (B, C, H, W) in [0, 1] at every boundary.
 
     A subclass sets `Config` and `parts` (which of its configuration's fields are {"type": ...} dicts, and the registry
-    that each is built from), and in its constructor `spec` and `prior`.
+    that each is built from), and in its constructor `spec` and `prior`. One that is conditional on classes sets
+    `num_classes` too: its codes hold the class, its prior is conditional on it, and `forward` takes int64 labels (B,)
+    as a third argument while training.
     """
 
     Config: type[TokenizerConfig]
     parts: ClassVar[dict[str, dict[str, type]]] = {}
     spec: CodeSpec
     prior: Prior
+    num_classes: int = 0
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -106,6 +109,16 @@ class Tokenizer(nn.Module, ABC):
     def nll(self, images: Tensor, codes: Codes) -> Tensor:
         """-log p(x | codes) of the discrete pixels, in nats, shape (B,)."""
 
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether `draw_posterior` differs from draw to draw."""
+        return type(self).draw_posterior is not Tokenizer.draw_posterior
+
+    @property
+    def has_local_latents(self) -> bool:
+        """Whether `decode` draws latents of its own, so that equal codes give different images."""
+        return False
+
     @torch.no_grad()
     def draw_posterior(self, images: Tensor) -> PosteriorDraw:
         """A draw from q(codes | x) and its importance weight; here that of a deterministic encoder.
@@ -115,6 +128,44 @@ class Tokenizer(nn.Module, ABC):
         codes = self.encode(images)
         log_likelihood = -self.nll(images, codes)
         return PosteriorDraw(codes, torch.zeros_like(log_likelihood), log_likelihood)
+
+    @property
+    def code_strides(self) -> tuple[int, ...] | None:
+        """Pixels between neighbouring codes of each level, along both sides; None where codes have no place.
+
+        Code (i, j) of a level with stride f stands for the square of pixels from (i f, j f) up to, not including,
+        ((i + 1) f, (j + 1) f); maps begin at the image's upper left corner and may reach beyond its lower right one.
+        Both networks also look at pixels and codes around it, so that this is its place and not all that it sees.
+        """
+        return None
+
+    def embed(self, codes: Codes) -> tuple[Tensor, ...]:
+        """The vectors (B, D, h, w) that codes stand for, one per quantizer: decode_embedded(embed(c)) = decode(c).
+
+        Raises:
+            ValueError: this tokenizer's codes stand for no vectors.
+        """
+        raise ValueError(f"the codes of {type(self).__name__} stand for no vectors that could be mixed")
+
+    def decode_embedded(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """The mean of p(x | vectors), as `decode`; for mixtures of codes too."""
+        raise ValueError(f"the codes of {type(self).__name__} stand for no vectors that could be mixed")
+
+    def draw_posteriors(self, images: Tensor, num_draws: int) -> Iterator[PosteriorDraw]:
+        """`draw_posterior` time after time; what does not depend on the draw may be computed once."""
+        for _ in range(num_draws):
+            yield self.draw_posterior(images)
+
+    def scores(self, images: Tensor, output: TokenizerOutput) -> dict[str, Tensor]:
+        """Values per image (B,) that validation reports of an output in evaluation mode; "nll" is what is kept best by.
+
+        Here nll is the decoder's, in nats/dim, at the codes that the image was encoded to.
+        """
+        return {"nll": self.nll(images, output.codes) / images[0].numel()}
+
+    def complaints(self) -> dict[str, str]:
+        """What is wrong with the latents beyond their counts, by subject; with numbers and advice."""
+        return {}
 
     def initialize(self, images: Tensor) -> None:
         """Initialisation that depends on data (codebooks); a no-op where there is none."""

@@ -18,6 +18,11 @@ def lookup(kind: str, registry: dict[str, type], name: str) -> type:
     return registry[name]
 
 
+def options_holder(part: type) -> type:
+    """What the options of a part are arguments of: its constructor, or its `Config` where it is a model of its own."""
+    return getattr(part, "Config", part)
+
+
 def build(kind: str, registry: dict[str, type], options: dict, **implied):
     """The part that `options` describes; `implied` is what the surroundings determine (channels, sizes).
 
@@ -28,8 +33,10 @@ def build(kind: str, registry: dict[str, type], options: dict, **implied):
     if "type" not in options:
         raise ValueError(f"{kind} needs a 'type'{nearest_known('', registry)}, got {options}")
     part = lookup(kind, registry, options.pop("type"))
-    known = set(inspect.signature(part).parameters) - set(implied)
+    holder = options_holder(part)
+    known = set(inspect.signature(holder).parameters) - set(implied)
     for option in options:
         if option not in known:
             raise ValueError(f"{kind} '{part.__name__}' has no option '{option}'{nearest_known(option, known)}")
-    return part(**implied, **options)
+    held = holder(**implied, **options)
+    return held if holder is part else part(held)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prior.base import Codes, CodeSpec, PriorConfig
 from prior.uniform import Uniform
-from tokenizer.base import Tokenizer, TokenizerConfig, TokenizerOutput
+from tokenizer.base import PosteriorDraw, Tokenizer, TokenizerConfig, TokenizerOutput
 from tokenizer.likelihoods import LIKELIHOODS
 from tokenizer.networks import NETWORKS
 from tokenizer.networks.factor import num_halvings
@@ -92,10 +92,34 @@ class VQVAE(Tokenizer):
         self.spec.check(codes)
         return self.likelihood.mean(self._params(self.quantizer.embed(codes)))
 
+    @property
+    def code_strides(self) -> tuple[int, ...]:
+        return (self.config.downsample_factor,) * self.spec.num_levels
+
+    @torch.no_grad()
+    def embed(self, codes: Codes) -> tuple[Tensor]:
+        self.spec.check(codes)
+        return (self.quantizer.embed(codes),)
+
+    @torch.no_grad()
+    def decode_embedded(self, vectors: tuple[Tensor]) -> Tensor:
+        (z,) = vectors
+        return self.likelihood.mean(self._params(z))
+
     def nll(self, images: Tensor, codes: Codes) -> Tensor:
         self.check_images(images)
         self.spec.check(codes)
         return self.likelihood.nll(self._params(self.quantizer.embed(codes)), images)
+
+    @property
+    def is_stochastic(self) -> bool:
+        return self.quantizer.is_stochastic
+
+    @torch.no_grad()
+    def draw_posterior(self, images: Tensor) -> PosteriorDraw:
+        self.check_images(images)
+        codes, log_q = self.quantizer.draw(self._features(images))
+        return PosteriorDraw(codes, log_q, -self.nll(images, codes))
 
     def initialize(self, images: Tensor) -> None:
         initialize_quantizers(self, images)
@@ -109,6 +133,7 @@ class VQVAE(Tokenizer):
 
     def _params(self, z: Tensor) -> Tensor:
         _, height, width = self.config.image_shape
+        z = z.to(self.from_quantizer.weight.dtype)  # quantizers without weights give float32
         return self.decoder(self.from_quantizer(z))[:, :, :height, :width]
 
 

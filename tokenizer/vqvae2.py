@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prior.base import Codes, CodeSpec, PriorConfig
 from prior.uniform import Uniform
-from tokenizer.base import Tokenizer, TokenizerConfig, TokenizerOutput
+from tokenizer.base import PosteriorDraw, Tokenizer, TokenizerConfig, TokenizerOutput
 from tokenizer.likelihoods import LIKELIHOODS
 from tokenizer.networks import NETWORKS
 from tokenizer.networks.factor import num_halvings
@@ -133,19 +133,48 @@ class VQVAE2(Tokenizer):
         for level, features in enumerate(self._features(images)):
             quantizer = self.quantizers[level]
             level_codes = quantizer.encode(self._join(level, features, latents), sample)
-            latents.append(self.from_quantizers[level](quantizer.embed(level_codes)))
+            latents.append(self._latent(level, quantizer.embed(level_codes)))
             codes += level_codes
         return tuple(codes)
 
     @torch.no_grad()
     def decode(self, codes: Codes, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+        return self.decode_embedded(self.embed(codes))
+
+    @property
+    def code_strides(self) -> tuple[int, ...]:
+        factors = self.config.downsample_factors
+        return tuple(factor for factor, q in zip(factors, self.quantizers) for _ in q.vocab_sizes)
+
+    @torch.no_grad()
+    def embed(self, codes: Codes) -> tuple[Tensor, ...]:
         self.spec.check(codes)
-        return self.likelihood.mean(self._params(self._latents(codes)))
+        return self._embed(codes)
+
+    @torch.no_grad()
+    def decode_embedded(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        return self.likelihood.mean(self._params(self._latents(vectors)))
 
     def nll(self, images: Tensor, codes: Codes) -> Tensor:
         self.check_images(images)
         self.spec.check(codes)
-        return self.likelihood.nll(self._params(self._latents(codes)), images)
+        return self.likelihood.nll(self._params(self._latents(self._embed(codes))), images)
+
+    @property
+    def is_stochastic(self) -> bool:
+        return any(quantizer.is_stochastic for quantizer in self.quantizers)
+
+    @torch.no_grad()
+    def draw_posterior(self, images: Tensor) -> PosteriorDraw:
+        self.check_images(images)
+        latents, codes, log_q = [], [], []
+        for level, features in enumerate(self._features(images)):
+            quantizer = self.quantizers[level]
+            level_codes, level_log_q = quantizer.draw(self._join(level, features, latents))
+            latents.append(self._latent(level, quantizer.embed(level_codes)))
+            codes += level_codes
+            log_q.append(level_log_q)
+        return PosteriorDraw(tuple(codes), sum(log_q), -self.nll(images, tuple(codes)))
 
     def initialize(self, images: Tensor) -> None:
         initialize_quantizers(self, images)
@@ -167,11 +196,16 @@ class VQVAE2(Tokenizer):
             features = torch.cat([self.decoders[level - 1](latents[level - 1]), features], dim=1)
         return self.to_quantizers[level](features)
 
-    def _latents(self, codes: Codes) -> list[Tensor]:
-        latents, codes = [], iter(codes)
-        for quantizer, from_quantizer in zip(self.quantizers, self.from_quantizers):
-            latents.append(from_quantizer(quantizer.embed(tuple(next(codes) for _ in quantizer.vocab_sizes))))
-        return latents
+    def _embed(self, codes: Codes) -> tuple[Tensor, ...]:
+        codes = iter(codes)
+        return tuple(q.embed(tuple(next(codes) for _ in q.vocab_sizes)) for q in self.quantizers)
+
+    def _latents(self, vectors: tuple[Tensor, ...]) -> list[Tensor]:
+        return [self._latent(level, z) for level, z in enumerate(vectors)]
+
+    def _latent(self, level: int, z: Tensor) -> Tensor:
+        from_quantizer = self.from_quantizers[level]
+        return from_quantizer(z.to(from_quantizer.weight.dtype))  # quantizers without weights give float32
 
     def _params(self, latents: list[Tensor]) -> Tensor:
         _, height, width = self.config.image_shape

@@ -1,6 +1,8 @@
 """What VQ and EMAVQ share: a table of code vectors, the search in it, and its initialisation from data."""
 
-from typing import Literal, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -9,8 +11,8 @@ from einops import rearrange
 from torch import Tensor
 
 from prior.base import Codes
-from tokenizer.quantizers.base import Quantized, Quantizer, check_finite, straight_through
-from tokenizer.quantizers.nearest import nearest
+from tokenizer.quantizers.base import Quantizer, check_finite
+from tokenizer.quantizers.nearest import Search, nearest
 
 Init = Literal["kmeans", "data", "normal"]
 
@@ -47,33 +49,115 @@ class CodebookQuantizer(Quantizer):
         (codes,) = codes
         return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
 
-    def _search(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The positions of h as float32 vectors (B*h*w, D) and their codes (B*h*w,). Call with autocast off."""
-        vectors = rearrange(h.float(), "b d h w -> (b h w) d")
-        if self.training:
-            self._initialize_once(vectors)
-        else:
-            check_finite(vectors)
-        return vectors, nearest(vectors, self.codebook)
+    def encode(self, h: Tensor, sample: bool = False) -> Codes:
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.float()
+            self._prepare(h)
+            search = Search(self.codebook)
+            return (torch.cat([search(vectors) for vectors in _rows(h)]).view(_map_shape(h)),)
 
-    def _quantized(self, h: Tensor, vectors: Tensor, entries: Tensor, codes: Tensor, losses: dict) -> Quantized:
-        batch, _, height, width = h.shape
-        z = rearrange(straight_through(vectors, entries), "(b h w) d -> b d h w", b=batch, h=height, w=width)
-        return Quantized(z.to(h.dtype), (codes.view(batch, height, width),), losses)
+    def _assign(self, h: Tensor, statistics: "Statistics | None" = None) -> "Assignment":
+        """The entries nearest to the positions of h, float32 (B, D, h, w), to which gradients are passed on.
 
-    def _initialize_once(self, vectors: Tensor) -> None:
-        if self._known_initialized:
-            return
-        if not self.initialized:
-            self._initialize(initial_codebook(vectors, len(self.codebook), self.init))
-            self.initialized.fill_(True)
-        self._known_initialized = True
+        Adds what the vectors contribute to their codes to `statistics`. Call with autocast off.
+        """
+        self._prepare(h)
+        # Piece by piece, so that the passes over vectors and entries find them in the cache
+        codes = torch.empty(_map_shape(h), dtype=torch.int64, device=h.device)
+        entries = h.new_empty(*codes.shape, h.shape[1])
+        needs_gradient = torch.is_grad_enabled() and (h.requires_grad or self.codebook.requires_grad)
+        differences = torch.empty_like(entries) if needs_gradient else None
+        squares = h.new_zeros(())
+        with torch.no_grad():
+            start, search = 0, Search(self.codebook)
+            for vectors in _rows(h):
+                part = slice(start, start := start + len(vectors))
+                found = codes.view(-1)[part].copy_(search(vectors))
+                entry = torch.index_select(self.codebook, 0, found, out=entries.flatten(0, 2)[part])
+                difference = torch.sub(vectors, entry, out=differences.flatten(0, 2)[part] if needs_gradient else None)
+                squares += torch.dot(difference.flatten(), difference.flatten())
+                if statistics is not None:
+                    statistics.add(vectors, found)
+        z, distance = entries.movedim(-1, 1), squares / h.numel()
+        if needs_gradient:
+            z, commitment, movement = _Assign.apply(h, self.codebook, z, differences.movedim(-1, 1), codes, distance)
+            return Assignment(z, (codes,), commitment, movement)
+        return Assignment(z, (codes,), distance, distance)
+
+    def _prepare(self, h: Tensor) -> None:
+        if not self.training:
+            check_finite(h)
+        elif not self._known_initialized:
+            if not self.initialized:
+                vectors = torch.cat(list(_rows(h.detach())))
+                self._initialize(initial_codebook(vectors, len(self.codebook), self.init))
+                self.initialized.fill_(True)
+            self._known_initialized = True
 
     @torch.no_grad()
     def _initialize(self, codebook: Tensor) -> None:
         if is_distributed():
             dist.broadcast(codebook, src=0)  # processes may have seen different images
         self.codebook.copy_(codebook)
+
+
+class Assignment(NamedTuple):
+    """Which entries were nearest.
+
+    z: (B, D, h, w) entries, whose gradient goes to the features; codes: one (B, h, w); commitment and movement: both
+    the mean of |z_e - e|^2 over positions and channels, the first with a gradient for the features z_e alone, the
+    second for the entries e alone.
+    """
+
+    z: Tensor
+    codes: Codes
+    commitment: Tensor
+    movement: Tensor
+
+
+class _Assign(torch.autograd.Function):
+    """The gradients of an `Assignment`, each one pass over what the search left.
+
+    z is exactly the entries: the usual `z_e + (e - z_e).detach()` is off by a rounding error.
+    """
+
+    @staticmethod
+    def forward(ctx, h, codebook, z, differences, codes, distance):
+        ctx.save_for_backward(differences, codes)
+        ctx.codebook_size = len(codebook)
+        ctx.set_materialize_grads(False)
+        return z, distance, distance.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_z, grad_commitment, grad_movement):
+        differences, codes = ctx.saved_tensors
+        scale, grad_h, grad_codebook = 2 / differences.numel(), grad_z, None
+        if grad_commitment is not None and grad_z is not None:
+            grad_h = torch.addcmul(grad_z, differences, scale * grad_commitment)
+        elif grad_commitment is not None:
+            grad_h = differences * (scale * grad_commitment)
+        if grad_movement is not None and ctx.needs_input_grad[1]:
+            rows = differences.movedim(1, -1).flatten(0, 2)
+            sums = rows.new_zeros(ctx.codebook_size, rows.shape[1]).index_add_(0, codes.flatten(), rows)
+            grad_codebook = sums.mul_(-scale * grad_movement)
+        return grad_h, grad_codebook, None, None, None, None
+
+
+# Vectors of a piece; a megabyte of them at D = 128
+PIECE = 2048
+
+
+def _rows(h: Tensor) -> Iterator[Tensor]:
+    """The positions of h (B, D, h, w) as vectors (n, D), a few images at a time; all at once off the CPU."""
+    batch, _, height, width = h.shape
+    images = max(1, PIECE // (height * width)) if h.device.type == "cpu" else batch
+    for part in h.detach().split(images):
+        yield part.movedim(1, -1).reshape(-1, h.shape[1])
+
+
+def _map_shape(h: Tensor) -> tuple[int, int, int]:
+    return h.shape[0], *h.shape[2:]
 
 
 def _forget_initialized(module: CodebookQuantizer, incompatible_keys) -> None:
@@ -111,12 +195,24 @@ def initial_codebook(vectors: Tensor, codebook_size: int, init: Init) -> Tensor:
 
 def _lloyd(vectors: Tensor, codebook: Tensor) -> Tensor:
     """One k-means iteration; a centre without vectors stays where it is."""
-    counts, sums = torch.zeros(len(codebook), device=codebook.device), torch.zeros_like(codebook)
-    add_statistics(counts, sums, vectors, nearest(vectors, codebook))
-    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], codebook)
+    statistics = Statistics.like(codebook)
+    statistics.add(vectors, nearest(vectors, codebook))
+    counts = statistics.counts[:, None]
+    return torch.where(counts > 0, statistics.sums / counts.clamp(min=1), codebook)
 
 
-def add_statistics(counts: Tensor, sums: Tensor, vectors: Tensor, codes: Tensor) -> None:
-    """Adds to counts (K,) and sums (K, D), in place, what the vectors (N, D) contribute to their codes (N,)."""
-    counts.index_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
-    sums.index_add_(0, codes, vectors)
+@dataclass
+class Statistics:
+    """What vectors tell of the entries they take: how many take each, counts (K,), and their sums (K, D)."""
+
+    counts: Tensor
+    sums: Tensor
+
+    @classmethod
+    def like(cls, codebook: Tensor) -> "Statistics":
+        return cls(torch.zeros_like(codebook[:, 0]), torch.zeros_like(codebook))
+
+    def add(self, vectors: Tensor, codes: Tensor) -> None:
+        """Counts in the vectors (N, D), which take the codes (N,)."""
+        self.counts.index_add_(0, codes, torch.ones_like(codes, dtype=self.counts.dtype))
+        self.sums.index_add_(0, codes, vectors)

@@ -1,14 +1,12 @@
 """Vector quantization whose codebook follows running averages of the vectors assigned to it."""
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.quantizers.base import Quantized
-from tokenizer.quantizers.codebook import CodebookQuantizer, Init, add_statistics, is_distributed
+from tokenizer.quantizers.codebook import CodebookQuantizer, Init, Statistics, is_distributed
 
 
 class EMAVQ(CodebookQuantizer):
@@ -58,16 +56,14 @@ class EMAVQ(CodebookQuantizer):
         self.register_buffer("cluster_sum", self.codebook.clone())  # m_i
         self.register_buffer("num_updates", torch.tensor(0))
         # No buffer: DDP broadcasts buffers of rank 0 and would overwrite what the other processes gathered.
-        self._pending: _Statistics | None = None
+        self._pending: Statistics | None = None
+        self._candidates: list[Tensor] = []  # (B, D) per forward pass: vectors that dead entries may become
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # distances, averages and losses in float32
-            vectors, codes = self._search(h)
-            entries = F.embedding(codes, self.codebook)
-            if self.training and torch.is_grad_enabled():
-                self._gather(vectors.detach(), codes, num_images=len(h))
-            losses = {"commitment": self.commitment_weight * F.mse_loss(vectors, entries)}
-            return self._quantized(h, vectors, entries, codes, losses)
+            gathers = self.training and torch.is_grad_enabled()
+            z, codes, commitment, _ = self._assign(h.float(), self._gather(h) if gathers else None)
+            return Quantized(z.to(h.dtype), codes, {"commitment": self.commitment_weight * commitment})
 
     def _initialize(self, codebook: Tensor) -> None:
         super()._initialize(codebook)
@@ -75,39 +71,42 @@ class EMAVQ(CodebookQuantizer):
         self.cluster_sum.copy_(self.codebook)
 
     @torch.no_grad()
-    def _gather(self, vectors: Tensor, codes: Tensor, num_images: int) -> None:
-        pending = self._pending = self._pending or _Statistics.like(self.codebook)
-        add_statistics(pending.counts, pending.sums, vectors, codes)
+    def _gather(self, h: Tensor) -> Statistics:
+        """Notes would-be entries; returns where the vectors of h (B, D, h, w) are to be counted."""
+        if self._pending is None:
+            self._pending = Statistics.like(self.codebook)
         if self.revive_below > 0:
             # One vector per image. Multiples of the golden ratio visit all positions evenly, step after step.
-            maps = vectors.view(num_images, -1, vectors.shape[1])
-            position = (self.num_updates * 2654435769 % 2**32) * maps.shape[1] // 2**32
-            pending.candidates.append(maps.index_select(1, position.view(1)).squeeze(1))
+            maps = h.flatten(2)
+            position = (self.num_updates * 2654435769 % 2**32) * maps.shape[2] // 2**32
+            self._candidates.append(maps.index_select(2, position.view(1)).squeeze(2).float())
+        return self._pending
 
     @torch.no_grad()
     def after_step(self) -> None:
         if self._pending is None and not is_distributed():
             return
-        pending, self._pending = self._pending or _Statistics.like(self.codebook), None
+        pending, self._pending = self._pending or Statistics.like(self.codebook), None
+        candidates, self._candidates = self._candidates, []
         counts, sums = _sum_over_processes(pending.counts, pending.sums)
         share = counts.sum() / len(counts)
         # Under fp16 a step whose features overflow is left out by the optimizer, and so it must be here
-        if not ((share > 0) & sums.isfinite().all()):
+        if not ((share > 0) & torch.stack(torch.aminmax(sums)).isfinite().all()):
             return
         self._update_averages(counts, sums, share)
-        self._revive(share, pending.candidates)
+        self._revive(share, candidates)
 
     def _update_averages(self, counts: Tensor, sums: Tensor, share: Tensor) -> None:
         """The update of appendix A.1, with N_i and m_i starting as if every entry had always had its uniform share.
 
         Starting from zero instead, an entry unused at the first step becomes m_i / ~0, far from everything.
         """
-        start = torch.where(self.num_updates == 0, share, torch.ones_like(share))
-        self.cluster_size.mul_(start).mul_(self.decay).add_(counts, alpha=1 - self.decay)
-        self.cluster_sum.mul_(start).mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        kept = self.decay * torch.where(self.num_updates == 0, share, torch.ones_like(share))
+        self.cluster_size.mul_(kept).add_(counts, alpha=1 - self.decay)
+        self.cluster_sum.mul_(kept).add_(sums, alpha=1 - self.decay)
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + self.epsilon) / (total + len(counts) * self.epsilon) * total
-        self.codebook.copy_(self.cluster_sum / smoothed[:, None])
+        torch.div(self.cluster_sum, smoothed[:, None], out=self.codebook)
         self.num_updates += 1
 
     def _revive(self, share: Tensor, candidates: list[Tensor]) -> None:
@@ -123,19 +122,6 @@ class EMAVQ(CodebookQuantizer):
         self.codebook[dead] = vectors
         self.cluster_size[dead] = share
         self.cluster_sum[dead] = vectors * share
-
-
-@dataclass
-class _Statistics:
-    """What the forward passes of one optimizer step gather: vectors per entry, their sums, and would-be entries."""
-
-    counts: Tensor  # (K,)
-    sums: Tensor  # (K, D)
-    candidates: list[Tensor] = field(default_factory=list)  # (B, D) per forward pass
-
-    @classmethod
-    def like(cls, codebook: Tensor) -> "_Statistics":
-        return cls(torch.zeros_like(codebook[:, 0]), torch.zeros_like(codebook))
 
 
 def _sum_over_processes(counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,8 @@ class Gumbel(Quantizer):
         ValueError: an argument out of range; features that are not finite, when evaluating.
     """
 
+    is_stochastic = True
+
     def __init__(
         self,
         codebook_size: int = 512,
@@ -84,9 +86,17 @@ class Gumbel(Quantizer):
         return rearrange(F.embedding(codes, self.codebook), "b h w d -> b d h w")
 
     def encode(self, h: Tensor, sample: bool = False) -> Codes:
+        if sample:
+            return self.draw(h)[0]
+        with torch.autocast(h.device.type, enabled=False):
+            return (self._logits(h).argmax(dim=-1),)
+
+    def draw(self, h: Tensor) -> tuple[Codes, Tensor]:
         with torch.autocast(h.device.type, enabled=False):
             logits = self._logits(h)
-            return ((logits + gumbel_noise(logits) if sample else logits).argmax(dim=-1),)
+            codes = (logits + gumbel_noise(logits)).argmax(dim=-1)
+            log_q = logits.log_softmax(dim=-1).gather(-1, codes[..., None])
+            return (codes,), log_q.flatten(1).sum(dim=1)
 
     def _logits(self, h: Tensor) -> Tensor:
         if not self.training:

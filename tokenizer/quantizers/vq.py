@@ -1,7 +1,6 @@
 """Vector quantization with a codebook trained by gradient."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.quantizers.base import Quantized
@@ -36,10 +35,6 @@ class VQ(CodebookQuantizer):
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # distances and losses in float32
-            vectors, codes = self._search(h)
-            entries = F.embedding(codes, self.codebook)
-            losses = {
-                "codebook": F.mse_loss(entries, vectors.detach()),
-                "commitment": self.commitment_weight * F.mse_loss(vectors, entries.detach()),
-            }
-            return self._quantized(h, vectors, entries, codes, losses)
+            z, codes, commitment, movement = self._assign(h.float())
+            losses = {"codebook": movement, "commitment": self.commitment_weight * commitment}
+            return Quantized(z.to(h.dtype), codes, losses)

@@ -1,0 +1,75 @@
+"""The fully connected networks of the DVAE papers' MNIST and OMNIGLOT models."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.latent_networks.base import Decoded, LatentNetwork, Noise
+
+
+class MLP(LatentNetwork):
+    """Hidden layers of affine map, batch norm, tanh (Vahdat et al. 2018, arXiv:1802.04920; 2018b, arXiv:1805.07445).
+
+    With num_layers = 0 every map is affine: the structure that the papers write 1-; with 2 layers of 200 it is 1~ (one
+    group), 2~ or 4~.
+
+    Args:
+        image_shape: (C, H, W).
+        group_sizes: latents per group.
+        outputs_per_latent: parameters of q per latent.
+        params_channels: channels of the decoder's output.
+        hidden_dim: width of the hidden layers.
+        num_layers: hidden layers of each map.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        group_sizes: Sequence[int],
+        outputs_per_latent: int,
+        params_channels: int,
+        hidden_dim: int = 200,
+        num_layers: int = 2,
+    ):
+        if hidden_dim < 1 or num_layers < 0:
+            raise ValueError(
+                f"hidden_dim must be at least 1 and num_layers at least 0, got {hidden_dim} and {num_layers}"
+            )
+        super().__init__()
+        num_pixels = math.prod(image_shape)
+        self.params_shape = (params_channels, *image_shape[1:])
+        self.encoders = nn.ModuleList(
+            _layers(num_pixels + sum(group_sizes[:g]), size * outputs_per_latent, hidden_dim, num_layers)
+            for g, size in enumerate(group_sizes)
+        )
+        self.decoder = _layers(sum(group_sizes), math.prod(self.params_shape), hidden_dim, num_layers)
+
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        return [images.flatten(1)]
+
+    def infer(self, features: Sequence[Tensor], group: int, before: Sequence[Tensor]) -> Tensor:
+        return self.encoders[group](torch.cat([*features, *before], dim=1))
+
+    def decode(
+        self, latents: Tensor, features: Sequence[Tensor] | None = None, noise: Noise | None = torch.randn_like
+    ) -> Decoded:
+        return Decoded(self.decoder(latents).unflatten(1, self.params_shape), {})
+
+
+def _layers(in_features: int, out_features: int, hidden_dim: int, num_layers: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(num_layers):
+        # running statistics follow the last ten or so batches: training sees relaxed latents, evaluation binary ones
+        layers += [_affine(in_features, hidden_dim), nn.BatchNorm1d(hidden_dim, eps=1e-2, momentum=0.2), nn.Tanh()]
+        in_features = hidden_dim
+    return nn.Sequential(*layers, _affine(in_features, out_features))
+
+
+def _affine(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    std = math.sqrt(2 / in_features)
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+    return layer

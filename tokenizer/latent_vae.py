@@ -1,0 +1,313 @@
+"""Variational autoencoders over a `LatentNetwork`: what those with binary, Gaussian and categorical latents share.
+
+Networks, likelihood, evaluation, encoding and decoding are one and the same for all, to compare them at equal networks.
+
+Letters: k draws per image.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prior.base import Codes, CodeSpec
+from prior.sampling import ImageNoise
+from tokenizer.base import PosteriorDraw, Tokenizer, TokenizerConfig, TokenizerOutput
+from tokenizer.latent_networks import LATENT_NETWORKS, Decoded, LocalGroup, Noise
+from tokenizer.likelihoods import LIKELIHOODS
+from tokenizer.registry import build
+
+# A group of latents that costs less than this share of a nat per latent carries next to nothing
+COLLAPSED_NATS_PER_LATENT = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentVAEConfig(TokenizerConfig):
+    """What the configurations of variational autoencoders hold.
+
+    Args:
+        image_shape: (C, H, W), taken from the data.
+        preprocessing: how files became images of that shape; the model never reads it.
+        network: encoder and decoder, {"type": name, **options}.
+        likelihood: p(x | z), {"type": name, **options}.
+        num_draws: draws of z per image in training, k.
+        kl_warmup_steps: steps over which the weight of the KL term rises from 0 to its value.
+        weight_decay: of kernels and gains; half its product with the squared norm is added to the loss.
+    """
+
+    network: dict = field(default_factory=lambda: {"type": "mlp"})
+    likelihood: dict = field(default_factory=lambda: {"type": "bernoulli"})
+    num_draws: int = 1
+    kl_warmup_steps: int = 0
+    weight_decay: float = 1e-4
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, num_draws=1, kl_warmup_steps=0, weight_decay=0)
+
+
+def check_at_least(config: TokenizerConfig, **least: float) -> None:
+    """Raises ValueError unless the named fields are finite and at least as large."""
+    for name, bound in least.items():
+        if not bound <= getattr(config, name) < float("inf"):
+            raise ValueError(f"{name} must be at least {bound}, got {getattr(config, name)}")
+
+
+class Inferred(NamedTuple):
+    """Codes of images, what the decoder takes for them (B, N), and log q(codes | x) (B,) in nats."""
+
+    codes: Codes
+    latents: Tensor
+    log_q: Tensor
+
+
+class Trained(NamedTuple):
+    """What a pass of `LatentVAE.objective` gives.
+
+    losses: scalars whose sum is minimised, in nats per image; codes: per level, for each row; decoded: the decoder's
+    output; nats: by name of a group of latents, its KL in nats per image, a mean over the batch, and their number.
+    """
+
+    losses: dict[str, Tensor]
+    codes: Codes
+    decoded: Decoded
+    nats: dict[str, tuple[Tensor, int]]
+
+
+class LatentVAE(Tokenizer):
+    """q(z | x), p(x | z) and a prior p(z), all learned together.
+
+    A subclass names `outputs_per_latent` and adds the "prior" to `parts`; it writes `objective`, `infer`, `latents`.
+
+    Args:
+        config: sizes and parts; a subclass's has the field "prior" too.
+        spec: the code space.
+        group_sizes: latents of each group, as the networks see them.
+        implied: what of the prior's configuration the model determines, beside the code space.
+    Raises:
+        ValueError: an unknown part, or an option that a part does not have.
+    """
+
+    Config: type[LatentVAEConfig]
+    parts: ClassVar = {"network": LATENT_NETWORKS, "likelihood": LIKELIHOODS}
+    outputs_per_latent = 1
+
+    def __init__(self, config: LatentVAEConfig, spec: CodeSpec, group_sizes: Sequence[int], **implied):
+        super().__init__(config)
+        self.spec = spec
+        self.likelihood = build("likelihood", LIKELIHOODS, config.likelihood, image_channels=config.image_shape[0])
+        self.network = build(
+            "network",
+            LATENT_NETWORKS,
+            config.network,
+            image_shape=config.image_shape,
+            group_sizes=list(group_sizes),
+            outputs_per_latent=self.outputs_per_latent,
+            params_channels=self.likelihood.num_channels,
+        )
+        self.prior = build("prior", self.parts["prior"], config.prior, spec=spec, **implied)
+        self.register_buffer("mean_image", torch.full(config.image_shape, 0.5))
+        self.nats_by_group: dict[str, tuple[Tensor, int]] = {}
+
+    @property
+    def has_local_latents(self) -> bool:
+        return self.network.has_local
+
+    # Of a subclass
+    # --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def objective(self, images: Tensor, *, step: int | None) -> Trained:
+        """One pass of training; images (B k, C, H, W), each image k times in a row."""
+
+    @abstractmethod
+    def infer(self, features: Sequence[Tensor], first: Tensor, sample: bool) -> Inferred:
+        """A draw from q(z | x), or what `encode` takes for its mode; `first` is the network's output for group 0."""
+
+    @abstractmethod
+    def latents(self, codes: Codes) -> Tensor:
+        """(B, N): what the decoder takes for codes."""
+
+    # The model
+    # --------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor, step: int | None = None) -> TokenizerOutput:
+        """Training: one pass of the objective. Evaluation: the reconstruction from `encode`, without losses."""
+        self.check_images(images)
+        return self._train_pass(step, images) if self.training else self._reconstruct(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, sample: bool = False) -> Codes:
+        self.check_images(images)
+        features = self.features(images)
+        return self.infer(features, self.network.infer(features, 0, []), sample).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Codes, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
+        self.spec.check(codes)
+        noise = None
+        if self.has_local_latents:
+            of_images = ImageNoise(len(codes[0]), generator, codes[0].device)
+
+            def noise(like: Tensor) -> Tensor:
+                return of_images.normal(*like.shape[1:])
+
+        return self.likelihood.mean(self.decode_latents(self.latents(codes), noise=noise).params)
+
+    def nll(self, images: Tensor, codes: Codes) -> Tensor:
+        """-log p(x | codes) in nats, (B,); an upper bound, from one draw, where the decoder has its own latents."""
+        self.check_images(images)
+        self.spec.check(codes)
+        decoded = self.decode_latents(self.latents(codes), self.features(images))
+        return self.likelihood.nll(decoded.params, images) + local_kl(decoded.local)
+
+    def draw_posterior(self, images: Tensor) -> PosteriorDraw:
+        return next(self.draw_posteriors(images, 1))
+
+    def draw_posteriors(self, images: Tensor, num_draws: int) -> Iterator[PosteriorDraw]:
+        self.check_images(images)
+        with torch.no_grad():
+            features = self.features(images)
+            first = self.network.infer(features, 0, [])
+        for _ in range(num_draws):
+            yield self._draw(images, features, first)
+
+    @torch.no_grad()
+    def _draw(self, images: Tensor, features: Sequence[Tensor], first: Tensor) -> PosteriorDraw:
+        codes, latents, log_q = self.infer(features, first, sample=True)
+        decoded = self.decode_latents(latents, features)
+        log_likelihood = -self.likelihood.nll(decoded.params, images)
+        return PosteriorDraw(codes, log_q, log_likelihood + sum(group.log_ratio for group in decoded.local.values()))
+
+    @torch.no_grad()
+    def scores(self, images: Tensor, output: TokenizerOutput) -> dict[str, Tensor]:
+        """nll in nats/dim, here the one-draw bound on -log p(x) with all of its parts in nats beside it."""
+        draw = self.draw_posterior(images)
+        rate = draw.log_q - self.log_prior(draw.codes)
+        negative_elbo = rate - draw.log_likelihood
+        return {
+            "nll": negative_elbo / images[0].numel(),
+            "negative_elbo": negative_elbo,
+            "distortion": -draw.log_likelihood,
+            "kl": rate,
+        }
+
+    def log_prior(self, codes: Codes) -> Tensor:
+        """log p(codes) in nats, (B,)."""
+        return self.prior.log_prob(codes)
+
+    def embed(self, codes: Codes) -> tuple[Tensor, ...]:
+        self.spec.check(codes)
+        return (self.latents(codes)[:, :, None, None],)
+
+    @torch.no_grad()
+    def decode_embedded(self, vectors: tuple[Tensor, ...]) -> Tensor:
+        """As in the base class; latents of the decoder's own take their means."""
+        return self.likelihood.mean(self.decode_latents(vectors[0].flatten(1), noise=None).params)
+
+    # Training
+    # --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        self.mean_image.copy_(images.mean(dim=0))
+
+    def after_step(self) -> None:
+        self.network.after_step()
+
+    def kl_weight(self, step: int | None) -> float:
+        """Linear warm-up (Bowman et al. 2016, arXiv:1511.06349); 1 without a step."""
+        if step is None or self.config.kl_warmup_steps == 0:
+            return 1.0
+        return min(1.0, (step + 1) / self.config.kl_warmup_steps)
+
+    def complaints(self) -> dict[str, str]:
+        """Groups of latents that carry nothing."""
+        return {
+            f"collapse of {name}": (
+                f"{name} collapsed: {nats.item():.3g} nats per image in {num_latents} latents, so they tell the "
+                "decoder next to nothing. Raise tokenizer.kl_warmup_steps, or give fewer latents"
+            )
+            for name, (nats, num_latents) in self.nats_by_group.items()
+            if nats.item() < COLLAPSED_NATS_PER_LATENT * num_latents
+        }
+
+    def _train_pass(self, step: int | None, *inputs: Tensor) -> TokenizerOutput:
+        """`objective` of images (and what else a subclass trains with), each row k times."""
+        num_draws = self.config.num_draws
+        trained = self.objective(*(rows.repeat_interleave(num_draws, dim=0) for rows in inputs), step=step)
+        self._remember(trained)
+        decay = self.config.weight_decay / 2 * torch.stack([w.square().sum() for w in self.decayed_weights()]).sum()
+        return TokenizerOutput(
+            self.likelihood.mean(trained.decoded.params[::num_draws].detach()),
+            tuple(code[::num_draws] for code in trained.codes),
+            {**trained.losses, "weight_decay": decay},
+        )
+
+    def decayed_weights(self) -> list[nn.Parameter]:
+        """What weight decay applies to."""
+        return self.network.decayed_weights()
+
+    @torch.no_grad()
+    def _remember(self, trained: Trained) -> None:
+        """Follows what each group of latents carries, for `complaints`."""
+        local = {name: (group.kl.mean(), group.num_dims) for name, group in trained.decoded.local.items()}
+        for name, (nats, num_latents) in {**trained.nats, **local}.items():
+            known = self.nats_by_group.get(name, (nats, num_latents))[0]
+            self.nats_by_group[name] = (torch.lerp(known, nats.detach(), 0.02), num_latents)
+
+    # Parts
+    # --------------------------------------------------------------------------------------------
+
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        return self.network.features(images - self.mean_image)
+
+    def decode_latents(
+        self, latents: Tensor, features: Sequence[Tensor] | None = None, noise: Noise | None = torch.randn_like
+    ) -> Decoded:
+        """Parameters of p(x | z); for the bernoulli likelihood the mean image's logits are added to the decoder's."""
+        decoded = self.network.decode(latents.to(self.mean_image.dtype), features, noise)
+        if self.likelihood.num_values == 2:
+            decoded = decoded._replace(params=decoded.params + self.mean_image.clamp(0.001, 0.999).logit())
+        return decoded
+
+    def _reconstruct(self, images: Tensor) -> TokenizerOutput:
+        features = self.features(images)
+        codes, latents, _ = self.infer(features, self.network.infer(features, 0, []), sample=False)
+        params = self.decode_latents(latents, features, noise=None).params
+        return TokenizerOutput(self.likelihood.mean(params), codes, {})
+
+
+def importance_weighted(log_weights: Tensor, num_draws: int) -> Tensor:
+    """A loss with the gradient of minus the k-draw bound (Burda et al. 2016, arXiv:1509.00519), per image, (B,) nats.
+
+    Its value is the bound's too: the log mean of the weights is differentiated as it stands.
+    """
+    log_weights = log_weights.unflatten(0, (-1, num_draws))
+    return torch.log(torch.tensor(float(num_draws))) - log_weights.logsumexp(dim=1)
+
+
+def balanced_kl(local: dict[str, LocalGroup], kl_weight: float) -> Tensor | float:
+    """Weighted sum over the groups of local latents, (B,) nats, for training.
+
+    While the KL term warms up, each group's weight is proportional to its mean KL per latent, and the weights sum to
+    the number of groups: groups that are hardly used yet cost little. No gradient goes through the weights (Vahdat &
+    Kautz 2020, arXiv:2007.03898, appendix A, with the proportionality that its first author corrected).
+    """
+    if kl_weight >= 1 or not local:
+        return kl_weight * local_kl(local)
+    per_latent = torch.stack([group.kl.detach().mean() / group.num_dims for group in local.values()]) + 1e-4
+    balance = per_latent * len(local) / per_latent.sum()
+    return kl_weight * _total([weight * group.kl for weight, group in zip(balance, local.values())])
+
+
+def local_kl(local: dict[str, LocalGroup]) -> Tensor | float:
+    """Sum over the groups of local latents, (B,) nats."""
+    return _total([group.kl for group in local.values()])
+
+
+def _total(parts: list[Tensor]) -> Tensor | float:
+    return torch.stack(parts).sum(dim=0) if parts else 0.0
