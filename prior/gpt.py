@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
-from prior.base import Codes, CodeSpec, check_fraction, check_positive
+from prior.base import PADDING, Codes, CodeSpec, check_fraction, check_positive
+from prior.gpt_decoder import Decoder
 
 NORM_EPS = 1e-6
 
@@ -66,44 +67,70 @@ class GPT(AutoregressivePrior):
     impossible token has no probability. Parameters are named as in `transformers`: with positions = "rotary", the
     state dict is that of `LlamaForCausalLM` (see `llama_config`).
 
+    Captions stand before the prefix token, as in DALL-E (Ramesh et al. 2021, arXiv:2102.12092): token ids in a part of
+    the vocabulary of their own, padded to max_text_length by a padding token of its own for each place. The empty
+    caption, nothing but padding, is what guidance compares with. Unlike there, captions are a condition alone: the
+    prior is p(codes | caption), without a loss on the caption's tokens.
+
     Args:
         config: sizes and code space.
     """
 
     Config = GPTConfig
+    takes_text = True
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        # tokens: the codes of each level, side by side, then the classes and the null class
+        # tokens: the codes of each level, side by side, then the classes and the null class, then the captions' ids and
+        # padding tokens
         self.offsets = [sum(self.spec.vocab_sizes[:level]) for level in range(self.spec.num_levels)]
         self.class_offset = sum(self.spec.vocab_sizes)
-        vocab_size = self.class_offset + config.num_classes + 1
+        self.text_offset = self.class_offset + config.num_classes + 1
+        vocab_size = self.text_offset + config.text_vocab_size + config.max_text_length
         self.model = Transformer(config, vocab_size)
         self.lm_head = nn.Linear(config.hidden_dim, vocab_size, bias=False)
         self._initialize()
 
     def logits(self, codes: Codes, classes: Tensor) -> tuple[Tensor, ...]:
         tokens = [code.flatten(1) + offset for code, offset in zip(codes, self.offsets)]
-        # the prefix predicts the first code; nothing is left for the last one to predict
-        sequence = torch.cat([self.class_offset + classes[:, None], *tokens], dim=1)[:, :-1]
-        hidden = self.model(sequence, rotary_table(self.config, classes.device)).split(self.spec.lengths, dim=1)
+        # the prefix's end predicts the first code; nothing is left for the last one to predict
+        sequence = torch.cat([self.prefix(classes), *tokens], dim=1)[:, :-1]
+        hidden = self.model(sequence, rotary_table(self.config, classes.device))
+        hidden = hidden[:, self.config.max_text_length :].split(self.spec.lengths, dim=1)
         return tuple(self._head(h, level) for level, h in enumerate(hidden))
 
     def steps(self, classes: Tensor) -> Generator[Tensor, Tensor, None]:
-        caches = [Cache(self.spec.length) for _ in self.model.layers]
+        caches = [Cache(self.config.max_text_length + self.spec.length) for _ in self.model.layers]
         rotation = rotary_table(self.config, classes.device)
-        tokens = self.class_offset + classes
+        tokens, decoder = self.prefix(classes), None
         for level, length in enumerate(self.spec.lengths):
             for _ in range(length):
-                hidden = self.model(tokens[:, None], rotation, caches)
-                codes = yield self._head(hidden[:, 0], level)
-                tokens = self.offsets[level] + codes
+                if decoder is None and caches[0].length > 0 and Decoder.serves(self.model):
+                    decoder = Decoder(self.model, caches, rotation)
+                if decoder is None:
+                    logits = self._head(self.model(tokens, rotation, caches)[:, -1], level)
+                else:
+                    logits = decoder(tokens, self._head_weight(level))
+                codes = yield logits
+                tokens = (self.offsets[level] + codes)[:, None]
+
+    def prefix(self, classes: Tensor) -> Tensor:
+        """(B, P) tokens that begin the sequence: the class or null class, with the padded caption before it.
+
+        Args:
+            classes: (B,) in [0, num_classes], or token ids of captions (B, max_text_length).
+        """
+        if not self.conditional_on_text:
+            return self.class_offset + classes[:, None]
+        padding = self.config.text_vocab_size + torch.arange(self.config.max_text_length, device=classes.device)
+        text = self.text_offset + torch.where(classes == PADDING, padding, classes)
+        return torch.cat([text, torch.full_like(text[:, :1], self.class_offset)], dim=1)
 
     def llama_config(self) -> dict:
         """Arguments of `transformers.LlamaConfig` for a `LlamaForCausalLM` that loads this model's state dict.
 
-        Token k of level l is sum(vocab_sizes[:l]) + k; after all levels come the classes and the null class, one of
-        which begins each sequence.
+        Token k of level l is sum(vocab_sizes[:l]) + k; after all levels come the classes and the null class, then the
+        ids of captions and their padding. `prefix` gives the tokens that begin each sequence.
 
         Raises:
             ValueError: positions other than "rotary", which Llama does not have.
@@ -118,7 +145,7 @@ class GPT(AutoregressivePrior):
             "num_hidden_layers": config.num_layers,
             "num_attention_heads": config.num_heads,
             "num_key_value_heads": config.num_heads,
-            "max_position_embeddings": self.spec.length + 1,
+            "max_position_embeddings": config.max_text_length + 1 + self.spec.length,
             "rms_norm_eps": NORM_EPS,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
             "hidden_act": "silu",
@@ -131,8 +158,11 @@ class GPT(AutoregressivePrior):
         }
 
     def _head(self, hidden: Tensor, level: int) -> Tensor:
+        return F.linear(hidden, self._head_weight(level))
+
+    def _head_weight(self, level: int) -> Tensor:
         start, size = self.offsets[level], self.spec.vocab_sizes[level]
-        return F.linear(hidden, self.lm_head.weight[start : start + size])
+        return self.lm_head.weight[start : start + size]
 
     def _initialize(self) -> None:
         """GPT-2's: standard deviation 0.02, smaller where 2 num_layers branches add up in the residual stream."""
@@ -144,14 +174,17 @@ class GPT(AutoregressivePrior):
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) to hidden states (B, T, D); with caches, the tokens follow those that the caches have seen."""
+    """Tokens (B, T) to hidden states (B, T, D); with caches, the tokens follow those that the caches have seen.
+
+    Several tokens at once need new caches.
+    """
 
     def __init__(self, config: GPTConfig, vocab_size: int):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(vocab_size, config.hidden_dim)
         if config.positions == "learned":
-            self.embed_positions = nn.Embedding(config.spec.length, config.hidden_dim)
+            self.embed_positions = nn.Embedding(config.max_text_length + config.spec.length, config.hidden_dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_dim, eps=NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
@@ -187,7 +220,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over a whole sequence, or of the newest token to all those in the cache."""
+    """Causal self-attention within a whole sequence or prefix, or of the newest token to all those in the cache."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -204,7 +237,7 @@ class Attention(nn.Module):
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=cache is None)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -229,15 +262,15 @@ class Cache:
         self.length = 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one token's key and value; returns those of all tokens so far."""
+        """Stores the keys and values of the next tokens; returns those of all tokens so far."""
         if self.length == 0:
             # here, because the dtype is not known before: autocast may have changed it
             batch, num_heads, _, head_dim = key.shape
             self.keys = key.new_empty(batch, num_heads, self.max_length, head_dim)
             self.values = value.new_empty(batch, num_heads, self.max_length, head_dim)
-        self.keys[:, :, self.length] = key[:, :, 0]
-        self.values[:, :, self.length] = value[:, :, 0]
-        self.length += 1
+        start, self.length = self.length, self.length + key.shape[2]
+        self.keys[:, :, start : self.length] = key
+        self.values[:, :, start : self.length] = value
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
@@ -252,17 +285,21 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotary_table(config: GPTConfig, device: torch.device) -> Tensor | None:
-    """Cosine and sine (2, N, head_dim / 2) of every place's angles (Su et al. 2021, arXiv:2104.09864), in float32.
+    """Cosine and sine (2, P, head_dim / 2) of every place's angles (Su et al. 2021, arXiv:2104.09864), in float32.
 
+    The P places are those of the captions' tokens, where there are any, and one that predicts each of the N codes.
     None for learned positions. Not a buffer, which would lose its precision in `model.bfloat16()`.
     """
     if config.positions == "learned":
         return None
-    num_pairs = config.hidden_dim // config.num_heads // 2
+    num_pairs, text_length = config.hidden_dim // config.num_heads // 2, config.max_text_length
     if config.positions == "rotary":
-        angles = rotary_angles(torch.arange(config.spec.length, device=device), num_pairs, config.rope_theta)
+        places = torch.arange(text_length + config.spec.length, device=device)
+        angles = rotary_angles(places, num_pairs, config.rope_theta)
     else:
-        rows, columns = coordinates(config.spec, device)
+        # captions lie on the diagonal that ends before the first code: M-RoPE (Wang et al. 2024, arXiv:2409.12191)
+        text = torch.arange(-text_length, 0, device=device).expand(2, -1)
+        rows, columns = torch.cat([text, coordinates(config.spec, device)], dim=1)
         halves = [rotary_angles(axis, num_pairs // 2, config.rope_theta) for axis in (rows, columns)]
         angles = torch.cat(halves, dim=-1)
     return torch.stack([angles.cos(), angles.sin()])

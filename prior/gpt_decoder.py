@@ -1,0 +1,170 @@
+"""One token at a time through a GPT's transformer on a CPU, where sampling is bound by reading the weights."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Decoder:
+    """`Transformer.forward` of the newest tokens, with the same result up to rounding, for a batch of fixed size.
+
+    What differs is the work around the arithmetic. Weights are copied once into the layout in which products with few
+    rows are fastest; queries, keys and values come from one product; a rotation is one complex multiplication.
+
+    Args:
+        model: a `Transformer` in evaluation mode, in float32, on the CPU: see `serves`.
+        caches: of the tokens that the model has seen, one `Cache` per layer.
+        rotation: the rotary table of all places (2, P, head_dim / 2), or None.
+    """
+
+    def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None):
+        self.embed = model.embed_tokens
+        self.rotary = rotation is not None
+        self.places = torch.complex(*rotation) if self.rotary else model.embed_positions.weight
+        self.norm = Norm(model.norm)
+        self.batch, self.place = len(caches[0].keys), caches[0].length
+        self.layers = [Layer(block, cache, self.rotary) for block, cache in zip(model.layers, caches)]
+        self.heads: dict[int, Product] = {}
+
+    @staticmethod
+    def serves(model: nn.Module) -> bool:
+        """Whether this is the place for it; elsewhere `Transformer.forward` does the same with any device and dtype."""
+        weight = model.embed_tokens.weight
+        plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return plain and not model.training and not torch.is_grad_enabled()
+
+    def __call__(self, tokens: Tensor, head: Tensor) -> Tensor:
+        """Logits (B, K) after the next tokens (B, 1), for a head's weight (K, D)."""
+        x, place = self.embed(tokens)[:, 0], self.places[self.place]
+        if not self.rotary:
+            x, place = x + place, None
+        for layer in self.layers:
+            x = layer(x, place, self.place)
+        self.place += 1
+        if head.data_ptr() not in self.heads:
+            self.heads[head.data_ptr()] = product([head], self.batch)
+        return self.heads[head.data_ptr()].times(self.norm(x))
+
+
+class Layer:
+    """One `Block` with its cache."""
+
+    def __init__(self, block: nn.Module, cache, rotary: bool):
+        attention, mlp = block.self_attn, block.mlp
+        batch, self.num_heads, _, self.head_dim = cache.keys.shape
+        self.dim = self.num_heads * self.head_dim
+        # channels that rotate together stand side by side, in queries and keys alike
+        order = torch.arange(self.head_dim)
+        order = order.unflatten(0, (2, -1)).T.flatten() if rotary else order
+        query, key = (
+            projection.weight.unflatten(0, (self.num_heads, -1))[:, order].flatten(0, 1)
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        query *= 1 / math.sqrt(self.head_dim)
+        self.norm, self.mlp_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
+        self.queries_keys_values = product([query, key, attention.v_proj.weight], batch)
+        self.out = product([attention.o_proj.weight], batch)
+        self.gate, self.up, self.down = (
+            product([p.weight], batch) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        )
+        # (2, B, heads, T, head_dim): keys and values together, since one copy then stores both
+        self.past = torch.stack([cache.keys[..., order], cache.values])
+        self.keys, self.values = self.past.flatten(1, 2)
+
+    def __call__(self, x: Tensor, rotation: Tensor | None, place: int) -> Tensor:
+        projected = self.queries_keys_values.times(self.norm(x))
+        if rotation is not None:
+            pairs = projected.view(len(x), 3 * self.num_heads, -1, 2)[:, : 2 * self.num_heads]
+            torch.view_as_complex(pairs).mul_(rotation)
+        keys_values = projected[:, self.dim :].view(len(x), 2, self.num_heads, self.head_dim)
+        self.past[:, :, :, place] = keys_values.transpose(0, 1)
+        queries = projected[:, : self.dim].reshape(-1, 1, self.head_dim)
+        # for one query per head two batched products beat scaled_dot_product_attention
+        weights = torch.bmm(queries, self.keys[:, : place + 1].mT).softmax(dim=-1)
+        mixed = torch.bmm(weights, self.values[:, : place + 1]).view(-1, self.dim)
+        x = self.out.times_plus(mixed, x)
+        normed = self.mlp_norm(x)
+        return self.down.times_plus(self.up.times_multiplied(normed, self.gate.swish_times(normed)), x)
+
+
+class Norm:
+    """RMSNorm in four operations, where torch's own takes six on the CPU."""
+
+    def __init__(self, norm: nn.RMSNorm):
+        dim = norm.normalized_shape[0]
+        self.gain = norm.weight * math.sqrt(dim)
+        self.root_eps = torch.tensor(math.sqrt(norm.eps * dim))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # x / sqrt(mean(x^2) + eps) = x sqrt(D) / sqrt(|x|^2 + D eps)
+        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.root_eps) * self.gain
+
+
+class Product:
+    """x W^T of x (B, in) and W (out, in): the plain form, for whatever torch was built without."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def times(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def times_plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.times(x) + other
+
+    def times_multiplied(self, x: Tensor, other: Tensor) -> Tensor:
+        return self.times(x) * other
+
+    def swish_times(self, x: Tensor) -> Tensor:
+        return F.silu(self.times(x))
+
+
+class Transposed(Product):
+    """For one or two rows: the weight is read in the order of the output, a quarter faster than row by row."""
+
+    def __init__(self, weights: list[Tensor]):
+        sizes = [len(weight) for weight in weights]
+        super().__init__(torch.empty(weights[0].shape[1], sum(sizes)))
+        for part, weight in zip(self.weight.split(sizes, dim=1), weights):
+            part.copy_(weight.T)
+
+    def times(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self.weight)
+
+    def times_plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.addmm(other, x, self.weight)
+
+
+class Packed(Product):
+    """For more rows: oneDNN's own layout, which a plain product makes anew at each call; and what follows is fused."""
+
+    def __init__(self, weights: list[Tensor], rows: int):
+        super().__init__(torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))
+
+    def times(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+    def times_plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, None, "add")
+
+    def times_multiplied(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, None, "mul")
+
+    def swish_times(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "swish", [], "")
+
+
+def product(weights: list[Tensor], rows: int) -> Product:
+    """The fastest form of a product of `rows` rows with the weights (out, in), joined along out."""
+    if rows <= 2:
+        return Transposed(weights)
+    # what torch.compile packs weights with; not every build has it
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return Packed(weights, rows)
+    return Product(_joined(weights))
+
+
+def _joined(weights: list[Tensor]) -> Tensor:
+    return torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
