@@ -2,7 +2,7 @@
 
 import prior  # noqa: F401 (its guard must run before anything imports torchvision)
 
-__all__ = ["Pipeline", "fingerprint", "load_prior", "load_tokenizer"]
+__all__ = ["Pipeline", "comparable", "evaluate", "fingerprint", "load_prior", "load_tokenizer"]
 
 
 def __getattr__(name: str):
@@ -11,6 +11,14 @@ def __getattr__(name: str):
         from pipelines.two_stage import Pipeline
 
         return Pipeline
+    if name == "evaluate":
+        from pipelines.evaluation import evaluate
+
+        return evaluate
+    if name == "comparable":
+        from pipelines.protocol import comparable
+
+        return comparable
     if name in __all__:
         from pipelines import checkpoint
 

@@ -8,16 +8,20 @@ def model_card(pipeline) -> str:
     tokenizer, prior = pipeline.tokenizer, pipeline.prior
     channels, height, width = tokenizer.config.image_shape
     levels = ", ".join(
-        f"{' x '.join(map(str, shape))} codes of {vocab_size}"
+        f"{' x '.join(map(str, shape))} {'real numbers' if vocab_size is None else f'codes of {vocab_size}'}"
         for shape, vocab_size in zip(tokenizer.spec.shapes, tokenizer.spec.vocab_sizes)
     )
+    task = "text-to-image" if prior.conditional_on_text else "unconditional-image-generation"
     data = ModelCardData(library_name="tessera", tags=["image-tokenizer", "vector-quantization"],
-                         pipeline_tag="unconditional-image-generation")  # fmt: skip
+                         pipeline_tag=task)  # fmt: skip
     classes = f"class-conditional ({prior.num_classes} classes)" if prior.num_classes else "unconditional"
+    if prior.conditional_on_text:
+        classes = f"conditional on captions of up to {prior.config.max_text_length} tokens"
     names = [name.replace("|", "\\|") for name in pipeline.class_names if prior.num_classes]
     listed = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     class_row = f"\n| classes | {listed} |" if names else ""
     stage_two = f"`{type(prior).__name__}`, {classes}" if pipeline.has_stage_two else "none: the tokenizer's own prior"
+    sample = 'prompts=["..."]' if prior.conditional_on_text else "16"
     return f"""---
 {data.to_yaml()}
 ---
@@ -34,13 +38,13 @@ def model_card(pipeline) -> str:
 ```python
 from pipelines import Pipeline
 
-images = Pipeline.from_pretrained("path/to/this/folder").sample(16)
+images = Pipeline.from_pretrained("path/to/this/folder").sample({sample})
 ```
 
 ## Measured
 
 {_metrics_table(pipeline.metrics)}
-"""
+{_evaluations(pipeline.evaluations)}"""
 
 
 def _count(model) -> str:
@@ -52,10 +56,47 @@ def _metrics_table(metrics: dict) -> str:
         return "Nothing yet; `scripts/evaluate.py` fills this table."
     rows = [f"| {name} | {_number(value)} |" for name, value in metrics.items()]
     units = (
-        "The tokenizer's nll is in nats per pixel and channel, the prior's in nats per code, psnr in dB; nats and "
+        "The tokenizer's nll is in nats per pixel and channel, the prior's in nats per code, as are those of a uniform "
+        "and of a unigram distribution; bits_per_image are those of the codes; psnr in dB; nats and "
         "bits_per_dim bound -log p(x) of the pixels, as distortion (p(x | codes)) plus rate (p(codes))."
     )
     return "\n".join(["| metric | value |", "|---|---|", *rows, "", units])
+
+
+def _evaluations(evaluations: dict) -> str:
+    """How the numbers of `scripts/evaluate.py` came about."""
+    parts = []
+    for split, evaluation in evaluations.items():
+        data = evaluation["data"]
+        versions = ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items())
+        lines = [
+            f"\n### Numbers of the {split} images\n",
+            f"```bash\n{evaluation['command']}\n```\n",
+            f"- data: {_data(data)}",
+            *(f"- {group}: {_protocol(fields)}" for group, fields in evaluation["protocol"].items()),
+            *(f"- not measured, {name}: {reason}" for name, reason in evaluation["not_measured"].items()),
+            f"- versions: {versions}; seed {evaluation['seed']}\n",
+        ]
+        parts.append("\n".join(lines))
+    return "".join(parts)
+
+
+def _protocol(fields: dict) -> str:
+    """In one line, data sets by name, split, number and content."""
+    parts = []
+    for name, value in fields.items():
+        if isinstance(value, dict) and "content" in value:
+            value = _data(value)
+        elif isinstance(value, dict):
+            value = "(" + _protocol(value) + ")"
+        elif isinstance(value, str) and len(value) == 64:  # a hash
+            value = value[:12]
+        parts.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(parts)
+
+
+def _data(identity: dict) -> str:
+    return f"{identity['name']} {identity['split']} ({identity['count']:,} images, {identity['content'][:12]})"
 
 
 def _number(value) -> str:

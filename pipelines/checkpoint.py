@@ -26,13 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from pipelines.files import MANIFEST, atomic_folder, check_manifest, naming, read_json, write_json_atomic
 from prior import PRIORS
 from prior.base import CodeSpec, Prior
 from tokenizer import TOKENIZERS
 from tokenizer.base import Tokenizer
-from tokenizer.registry import lookup, nearest_known
+from tokenizer.registry import lookup, nearest_known, options_holder
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -49,7 +50,7 @@ FILES_OF_A_HUB_REPOSITORY = ["*.json", "*.safetensors", "README.md"]
 def build_tokenizer(config: dict) -> Tokenizer:
     """The tokenizer that {"type": name, **fields} describes. Raises ValueError naming what is unknown or missing."""
     tokenizer = _build("tokenizer", TOKENIZERS, config)
-    likelihood = config.get("likelihood", {}).get("type")
+    likelihood = getattr(tokenizer.config, "likelihood", {}).get("type")
     if likelihood == "bernoulli" and tokenizer.config.preprocessing.get("binarize") == "none":
         raise ValueError("likelihood 'bernoulli' is for binary images: set data.binarize, or take another likelihood")
     return tokenizer
@@ -85,7 +86,7 @@ def _typed(config_class: type, options: dict):
 
 def _check_part(name: str, classes: dict[str, type], options: dict) -> None:
     """Raises ValueError unless the options of a part have the types that it declares; unknown ones are `build`'s."""
-    cls = lookup(name, classes, str(options.get("type", "")))
+    cls = options_holder(lookup(name, classes, str(options.get("type", ""))))
     known = [option for option, p in inspect.signature(cls).parameters.items() if p.default is not p.empty]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, name, skip=set(inspect.signature(cls).parameters) - set(known))
@@ -179,7 +180,8 @@ def _load(folder: Path, build) -> nn.Module:
     found = _read_header(weights)
     try:
         _check_sizes(config)
-        with torch.device("meta"), _parameters_at_most(2 * len(found) + 100):  # shapes without memory
+        # shapes without memory
+        with torch.device("meta"), _Undrawn(), _parameters_at_most(2 * len(found) + 100):
             expected = build(config).state_dict()
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # constructors given nonsense
         raise ValueError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())[:500]}") from error
@@ -192,9 +194,28 @@ def _load(folder: Path, build) -> nn.Module:
         dtype = expected[name].dtype
         if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
             raise ValueError(f"{weights}: {name} holds {tensor.dtype}, it must be {dtype}")
-    model = build(config)
+    with _Undrawn():
+        model = build(config)
     model.load_state_dict(tensors, assign=True)  # keeps the precision in which it was saved
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Within the context parameters are not initialised, and nothing is drawn on the meta device.
+
+    Saved weights are about to replace them: to draw them first takes seconds for a large model. On the meta device it
+    is worse, since draws there are written in Python and import torch's compiler.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+        if function in (torch.rand, torch.randn) and torch.get_default_device().type == "meta":
+            function = torch.empty
+        return function(*args, **kwargs)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
     folder/spec.json      code space, count, tokenizer and its fingerprint, data identity, checksums; written last
     folder/level{l}.npy   (count, *shapes[l]) in the smallest unsigned type that holds the level's vocabulary
     folder/labels.npy     (count,) int64; zeros without labels
+    folder/captions.jsonl  one JSON string per image and line, where the data have captions
 
 Row i is image i. Zero is a valid code, so that a half-written array would look whole. Therefore rows are encoded in
 parts, each finished by a rename with its checksum; the arrays are put together when all parts are there, and the store
@@ -20,6 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from pipelines.batches import derived_seed
 from pipelines.config import differences
 from pipelines.files import (
     atomic_file,
@@ -42,6 +45,8 @@ from pipelines.files import (
     write_json_atomic,
 )
 from pipelines.images import ImageDataset, Key
+from pipelines.seeding import own_randomness
+from pipelines.text import TextTokenizer
 from prior.base import Codes, CodeSpec
 
 logger = logging.getLogger(__name__)
@@ -50,6 +55,7 @@ FORMAT = "tessera-codes"
 FORMAT_VERSION = 1
 SPEC = "spec.json"
 PARTS = ".parts"
+CAPTIONS = "captions.jsonl"
 LABEL_DTYPE = np.dtype("<i8")
 DIGEST_BYTES = 32
 
@@ -141,13 +147,14 @@ def write_codes(
         overwrite: whether a store of another tokenizer, split or data may be replaced.
     Raises:
         ValueError: `folder` holds another store or is in use; no images; weights that are not finite; codes or labels
-            out of range.
+            out of range; codes that are real numbers.
         OSError: disk full or not writable, with the path.
     """
     if len(dataset) < 1 or batch_size < 1 or part_size < 1:
         raise ValueError(
             f"images, batch_size and part_size must be at least 1, got {len(dataset)}, {batch_size}, {part_size}"
         )
+    tokenizer.spec.check_discrete("the code store")
     _check_finite(tokenizer)
     folder = Path(folder)
     plan = Plan(tokenizer.spec, len(dataset), part_size, fingerprint, split, dataset.identity)
@@ -164,7 +171,7 @@ def write_codes(
             device = accelerator.device if accelerator else _device(tokenizer)
             batches = _batches(plan, parts[rank::world], batch_size)
             loader = _show(_load(dataset, batches, num_workers), len(batches), progress and rank == 0)
-            rows = _encode(tokenizer.to(device), loader, device)
+            rows = _encode(tokenizer.to(device), zip(batches, loader), device)
             for part in parts[rank::world]:
                 _write_part(folder, plan, part, rows, dataset.num_classes)
             if accelerator:
@@ -174,7 +181,7 @@ def write_codes(
                 "num_classes": dataset.num_classes,
                 "class_names": list(dataset.class_names),
             }
-            _on_main_process(lambda: _assemble(folder, plan, extra), accelerator)
+            _on_main_process(lambda: _assemble(folder, plan, extra, dataset.captions), accelerator)
     return CodeDataset(folder, verify=False)
 
 
@@ -285,13 +292,20 @@ def _show(loader: DataLoader, num_batches: int, progress: bool) -> Iterator[dict
     yield from tqdm(loader, total=num_batches, desc="encoding", unit="batch", disable=None if progress else True)
 
 
-def _encode(tokenizer: nn.Module, batches: Iterator[dict], device: torch.device) -> Iterator[tuple[Codes, Tensor]]:
-    for batch in batches:
+def _encode(
+    tokenizer: nn.Module, batches: Iterator[tuple[range, dict]], device: torch.device
+) -> Iterator[tuple[Codes, Tensor]]:
+    """Codes and labels of batches with their row numbers.
+
+    A stochastic encoder's are draws from q(codes | x), since that is whose rate the prior is to lower, with noise that
+    is a function of the first row.
+    """
+    for rows, batch in batches:
         training = tokenizer.training
         tokenizer.eval()
         try:
-            with torch.inference_mode():
-                codes = tokenizer.encode(batch["image"].to(device))
+            with torch.inference_mode(), own_randomness(derived_seed(0, "codes", rows[0]), device):
+                codes = tokenizer.encode(batch["image"].to(device), sample=tokenizer.is_stochastic)
         finally:
             tokenizer.train(training)
         yield tuple(code.cpu() for code in codes), batch["label"]
@@ -338,7 +352,7 @@ def _read_part(folder: Path, plan: Plan, part: int) -> list[bytes] | None:
     return columns
 
 
-def _assemble(folder: Path, plan: Plan, extra: dict) -> None:
+def _assemble(folder: Path, plan: Plan, extra: dict, captions: list[str] | None) -> None:
     """Puts the arrays together from the parts. Plain writes: on a full disk a memory-mapped one is killed by SIGBUS."""
     names = _array_names(plan.spec)
     hashes = [hashlib.sha256() for _ in names]
@@ -360,12 +374,19 @@ def _assemble(folder: Path, plan: Plan, extra: dict) -> None:
             for index, column in enumerate(columns):
                 append(index, column)
         (folder / SPEC).unlink(missing_ok=True)  # of a store that is being replaced, from here on in part
+        (folder / CAPTIONS).unlink(missing_ok=True)
     for path in set(folder.glob("level*.npy")) - {folder / name for name in names}:
         path.unlink()
     entries = {
         name: {"dtype": dtype.str, "bytes": size, "sha256": hash_.hexdigest()}
         for name, dtype, size, hash_ in zip(names, plan.dtypes, sizes, hashes)
     }
+    if captions is not None:
+        # escaped, so that whatever a caption holds neither ends its line nor fails to be UTF-8
+        data = "".join(json.dumps(caption) + "\n" for caption in captions).encode()
+        with atomic_file(folder / CAPTIONS) as file:
+            file.write(data)
+        entries[CAPTIONS] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "tokenizer_fingerprint": plan.fingerprint}
     fields = {**plan.to_json()["spec"], "split": plan.split, "count": plan.count, "dataset": plan.dataset}
     write_json_atomic(folder / SPEC, {**header, **fields, **extra, "files": entries})
@@ -389,9 +410,10 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 class CodeDataset(Dataset):
     """The codes of a finished code store, memory-mapped.
 
-    Items are {"codes": one int64 tensor (*shape) per level, "label": int64}. Batches come whole, with codes (B, *shape)
-    and labels (B,): use `DataLoader(dataset, ..., collate_fn=dataset.collate)`. A key may also be (index, epoch), as
-    for images; there is nothing to augment.
+    Items are {"codes": one int64 tensor (*shape) per level, "label": int64}, and after `tokenize_captions` the token
+    ids "text" too. Batches come whole, with codes (B, *shape), labels (B,) and text (B, T): use
+    `DataLoader(dataset, ..., collate_fn=dataset.collate)`. A key may also be (index, epoch), as for images; there is
+    nothing to augment.
 
     Args:
         folder: the store.
@@ -424,6 +446,8 @@ class CodeDataset(Dataset):
         self.spec = self._read_spec(path)
         if self.count < 1 or self.num_classes < 0:
             raise ValueError(f"{path}: count must be at least 1 and num_classes at least 0")
+        self.has_captions: bool = CAPTIONS in self._entry("files", dict)
+        self._text: np.ndarray | None = None
         self._arrays = self._open()
         if verify:
             self._verify()
@@ -433,6 +457,32 @@ class CodeDataset(Dataset):
         recorded = self._entry("tokenizer", str)
         beside = Path(os.path.realpath(self.folder)) / recorded
         return beside.resolve() if beside.exists() else Path(recorded)
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """The caption of each image; None if the data have none."""
+        if not self.has_captions:
+            return None
+        path = self.folder / CAPTIONS
+        try:
+            captions = [json.loads(line) for line in path.read_bytes().splitlines()]
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} is missing or damaged: {error}") from error
+        if len(captions) != self.count or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"{path} must hold {self.count} captions, one JSON string to a line")
+        return captions
+
+    def tokenize_captions(self, text_tokenizer: TextTokenizer) -> int:
+        """Gives items their captions' token ids, "text", from now on; returns how many captions lost their end.
+
+        Raises:
+            ValueError: the data have no captions.
+        """
+        if self.captions is None:
+            raise ValueError(f"{self.folder} has no captions to condition a prior on")
+        ids, num_cut = text_tokenizer.encode(self.captions)
+        self._text = ids.numpy().astype(np.int32)  # now and for all: the loop moves tensors, not strings
+        return num_cut
 
     def _entry(self, key: str, kind: type) -> Any:
         value = self.metadata.get(key)
@@ -479,21 +529,26 @@ class CodeDataset(Dataset):
                 rows = array[start : start + 65536]
                 if rows.min() < 0 or rows.max() >= limit:
                     raise ValueError(f"{path} must lie in [0, {limit}), it holds {rows.min()} to {rows.max()}")
+        if self.has_captions:
+            entry = files[CAPTIONS] if isinstance(files[CAPTIONS], dict) else {}
+            check_file(self.folder / CAPTIONS, size=entry.get("bytes"), sha256=entry.get("sha256"))
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, key: Key) -> dict[str, Codes | Tensor]:
         batch = self.__getitems__([key])
-        return {"codes": tuple(codes[0] for codes in batch["codes"]), "label": batch["label"][0]}
+        codes = tuple(level[0] for level in batch.pop("codes"))
+        return {"codes": codes, **{name: values[0] for name, values in batch.items()}}
 
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Codes | Tensor]:
-        """A whole batch: codes (B, *shape) per level, label (B,)."""
+        """A whole batch: codes (B, *shape) per level, label (B,), text (B, T) if captions were tokenized."""
         rows = np.array([key[0] if isinstance(key, tuple | list) else key for key in keys], dtype=np.int64)
         if rows.min() < 0 or rows.max() >= self.count:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {self.count}")
         *codes, labels = (torch.from_numpy(np.asarray(array[rows], dtype=np.int64)) for array in self._arrays)
-        return {"codes": tuple(codes), "label": labels}
+        text = {} if self._text is None else {"text": torch.from_numpy(self._text[rows].astype(np.int64))}
+        return {"codes": tuple(codes), "label": labels, **text}
 
     @staticmethod
     def collate(batch: dict | list[dict]) -> dict[str, Codes | Tensor]:
@@ -501,10 +556,12 @@ class CodeDataset(Dataset):
         if isinstance(batch, dict):
             return batch
         codes = tuple(torch.stack(level) for level in zip(*(item["codes"] for item in batch)))
-        return {"codes": codes, "label": torch.stack([item["label"] for item in batch])}
+        names = [name for name in batch[0] if name != "codes"]
+        return {"codes": codes, **{name: torch.stack([item[name] for item in batch]) for name in names}}
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_arrays": None}  # a pickled memory map would carry all codes to each worker
+        # a pickled memory map would carry all codes to each worker, which has no use for the captions either
+        return {name: value for name, value in vars(self).items() if name != "captions"} | {"_arrays": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from prior.base import PriorConfig
 from tokenizer.base import TokenizerConfig
-from tokenizer.registry import lookup, nearest_known
+from tokenizer.registry import lookup, nearest_known, options_holder
 
 # What a model's surroundings determine (data, codes, another model) is never typed by a user.
 IMPLIED = {field.name for config in (TokenizerConfig, PriorConfig) for field in fields(config)}
@@ -168,7 +168,7 @@ def _add_model(parser: Parser, name: str, section: Polymorphic, chosen: dict[str
         part_type = chosen.get(key, defaults["type"])
         cls = lookup(part, registry, part_type)
         _add_type(parser, key, registry, defaults["type"], f"which {part}; its own fields are listed below")
-        parser.add_class_arguments(cls, key, skip=_implied_arguments(cls))
+        parser.add_class_arguments(options_holder(cls), key, skip=_implied_arguments(options_holder(cls)))
         parser.groups[key].title = f"{key} = {part_type}"
         if part_type == defaults["type"]:
             parser.set_defaults({f"{key}.{option}": value for option, value in defaults.items()})
@@ -179,8 +179,8 @@ def _add_type(parser: Parser, key: str, registry: dict[str, type], default: str,
 
 
 def _implied_arguments(cls: type) -> set[str]:
-    """Parameters without a default: sizes that the surroundings determine."""
-    return {name for name, p in inspect.signature(cls).parameters.items() if p.default is p.empty}
+    """Parameters without a default, and those of any model: what the surroundings determine."""
+    return {name for name, p in inspect.signature(cls).parameters.items() if p.default is p.empty or name in IMPLIED}
 
 
 def peek(name: str, argv: list[str] | None = None) -> str | None:

@@ -1,49 +1,324 @@
-"""Everything that is measured of a pipeline on held-out images, as one flat dict."""
+"""Everything that is measured of a pipeline on held-out images, with the protocol that each number was measured by."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from pipelines.likelihood import evaluate_likelihood
-from pipelines.metrics import CodeCounts, psnr
+from pipelines.classifier import classifier_features
+from pipelines.codebook_pictures import position_entropy, save_codebook_pictures
+from pipelines.features import MOST_KEPT, FeatureNetwork, feature_statistics, frechet_distance, reference_of
+from pipelines.image_quality import copying, draw_samples, nearest_images, sample_metrics, save_neighbours
+from pipelines.likelihood import evaluate_likelihood, log_likelihoods, log_partition_metrics, standard_error
+from pipelines.metrics import NotMeasurableError
+from pipelines.ood import auroc, load_other
+from pipelines.pretrained import inception_features, lpips_network
+from pipelines.protocol import pixels_of, versions
+from pipelines.reconstruction import SSIM_WINDOW, Reconstructions, reconstruct
+from tokenizer.registry import nearest_known
+
+GROUPS = ("likelihood", "reconstruction", "codebook", "samples", "memorisation")
+# Of these, what compares with the images that the model was trained on
+NEED_TRAINING_IMAGES = ("reconstruction", "samples", "memorisation")
+ENCODED = "mode of q(codes | image)"
+EIGHT_BITS = "rounded to 8 bits"
 
 
-@torch.inference_mode()
-def evaluate_pipeline(pipeline, images, *, batch_size: int = 128) -> dict[str, float]:
-    """Reconstruction, codebook use and likelihood on a data set.
+def evaluate(
+    pipeline,
+    images,
+    train_images=None,
+    *,
+    metrics: Sequence[str] | None = None,
+    num_draws: int = 1,
+    num_samples: int = 1000,
+    batch_size: int = 128,
+    seed: int = 0,
+    inception_weights: str | None = None,
+    lpips_weights: str | None = None,
+    ood: Sequence[str] = (),
+    folder: Path | str | None = None,
+    cache: Path | str | None = None,
+) -> dict:
+    """Measures a pipeline.
 
+    - likelihood: see `evaluate_likelihood`, with `log_partition_metrics` for a Boltzmann prior, and
+      uniform_nats_per_code, which a prior must beat, beside prior_nats_per_code.
+    - reconstruction: psnr (dB, mean over images), mse, ssim, lpips, and rfid: the Frechet distance between features of
+      reconstructions and of their originals.
+    - codebook: codebook_usage, perplexity and position_entropy (mean over positions, nats), by level where there are
+      several; a picture of each level.
+    - samples: fid, inception_score, precision and recall of samples against the training images.
+    - memorisation: nearest_train_sample and nearest_train_held_out, the mean distance (of pixels in [0, 1]) of samples
+      and of reconstructions of held-out images to the nearest training image, and `copying`; a picture of samples,
+      each above its nearest training images.
+    - ood_auroc_NAME for each other data set: see `pipelines.ood.auroc`.
+
+    The features are Inception's where its weights are given. Else they are those of a small classifier that is trained
+    here on the data set itself, and the names end in _classifier: such numbers do not compare with any FID.
+
+    Args:
+        pipeline: a `Pipeline`.
+        images: held-out images, as of `load_images`.
+        train_images: the images that the model was trained on, with the same preprocessing; without them neither
+            samples nor memorisation are measured, nor is a classifier trained.
+        metrics: the groups to measure; None is all that can be had.
+        num_draws: draws of codes per image for the bound, where the encoder is stochastic.
+        num_samples: samples drawn for the last two groups.
+        batch_size: images computed at a time.
+        seed: of draws, samples and the classifier. Torch's own generators are left as they were.
+        inception_weights, lpips_weights: a safetensors file or "download"; see `pipelines.pretrained`.
+        ood: other data sets, see `pipelines.ood.load_other`.
+        folder: where pictures go; None makes none.
+        cache: where reference statistics and classifiers are kept, with their protocols; None keeps none.
     Returns:
-        psnr (dB, mean over images), mse; codebook_usage and perplexity (by level where there are several); what
-        `evaluate_likelihood` returns, with uniform_nats_per_code, which a prior must beat, beside prior_nats_per_code.
+        metrics {name: value}; groups {group: names of its metrics}; protocol {group: what its numbers depend on};
+        not_measured {group or metric: why}; pictures {subject: file}; data, the identity of `images`; seed; versions.
     Raises:
-        ValueError: batch_size is below 1.
+        ValueError: an argument out of range, weights or a data set that cannot be had, or nothing that can be measured.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    tokenizer = pipeline.tokenizer
-    counts = CodeCounts(tokenizer.spec).to(pipeline.device)
-    psnrs, squares = [], []
-    for start in tqdm(range(0, len(images), batch_size), desc="reconstruction", unit="batch", disable=None):
-        keys = list(range(start, min(start + batch_size, len(images))))
-        originals = images.collate(images.__getitems__(keys))["image"].to(pipeline.device)
-        codes = tokenizer.encode(originals)
-        reconstructions = tokenizer.decode(codes)
-        counts.add(codes)
-        psnrs.append(psnr(reconstructions, originals))
-        squares.append((reconstructions - originals).square().flatten(1).mean(dim=1))
-    counts.merge()
-    return {
-        "psnr": torch.cat(psnrs).mean().item(),
-        "mse": torch.cat(squares).mean().item(),
-        **counts.summary(),
-        "uniform_nats_per_code": tokenizer.spec.max_nats / tokenizer.spec.length,
-        **evaluate_likelihood(pipeline, images, batch_size=batch_size),
-    }
+    _check_arguments(metrics, images, train_images, num_draws=num_draws, num_samples=num_samples,
+                     batch_size=batch_size, seed=seed)  # fmt: skip
+    chosen = set(GROUPS if metrics is None else metrics)
+    folder, cache = (None if path is None else Path(path) for path in (folder, cache))
+    # What may be refused comes before any work
+    others = {name: load_other(name, images) for name in ood}
+    lpips_parts = lpips_network(lpips_weights, device=pipeline.device) if lpips_weights else None
+    inception = inception_features(inception_weights, device=pipeline.device) if inception_weights else None
+    measure = Evaluation(
+        pipeline, images, train_images, chosen, num_draws, num_samples, batch_size, seed, inception, lpips_parts,
+        folder, cache,
+    )  # fmt: skip
+    for group in GROUPS:
+        if group in chosen:
+            with measure.attempt(group):
+                getattr(measure, group)()
+    for name, other in others.items():
+        with measure.attempt(f"ood_{name}"):
+            measure.out_of_distribution(Path(name).name, other)
+    if not measure.metrics:
+        raise ValueError(f"nothing could be measured: {'; '.join(measure.not_measured.values())}")
+    return {**measure.findings(), "data": images.identity, "seed": seed, "versions": versions()}
 
 
-def format_table(metrics: dict[str, float]) -> str:
-    """Two aligned columns for a terminal."""
-    width = max(map(len, metrics))
-    return "\n".join(
-        f"{name:<{width}}  {value:.5g}" if isinstance(value, float) else f"{name:<{width}}  {value}"
-        for name, value in metrics.items()
-    )
+def _check_arguments(metrics: Sequence[str] | None, images, train_images, **numbers: int) -> None:
+    for group in metrics or ():
+        if group not in GROUPS:
+            raise ValueError(f"there are no metrics '{group}'{nearest_known(group, GROUPS)}")
+    least = {"num_samples": 10, "seed": 0}
+    for name, value in numbers.items():
+        if value < least.get(name, 1):
+            raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
+    if train_images is not None and train_images.preprocessing != images.preprocessing:
+        raise ValueError("the training images were prepared in another way than those to evaluate; load both alike")
+
+
+@dataclass
+class Evaluation:
+    """One evaluation: what it is of, as the arguments of `evaluate`, and a method for each group of metrics.
+
+    lpips_parts: the network and its protocol. What is common to several groups is computed once, when it is needed.
+    """
+
+    pipeline: object
+    images: object
+    train_images: object | None
+    chosen: set[str]
+    num_draws: int
+    num_samples: int
+    batch_size: int
+    seed: int
+    inception: FeatureNetwork | None
+    lpips_parts: tuple[nn.Module, dict] | None
+    folder: Path | None
+    cache: Path | None
+
+    def __post_init__(self):
+        self.metrics: dict[str, float] = {}
+        self.groups: dict[str, list[str]] = {}
+        self.protocol: dict[str, dict] = {}
+        self.not_measured: dict[str, str] = {}
+        self.pictures: dict[str, str] = {}
+
+    def findings(self) -> dict:
+        return {name: getattr(self, name) for name in ("metrics", "groups", "protocol", "not_measured", "pictures")}
+
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """Notes why the block could not measure."""
+        try:
+            yield
+        except NotMeasurableError as error:
+            self.not_measured[name] = str(error)
+
+    def add(self, group: str, metrics: dict[str, float], **protocol) -> None:
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self.metrics[name] = value
+                self.groups.setdefault(group, []).append(name)
+                self.protocol[group] = protocol
+            else:  # JSON has no such number
+                self.not_measured[name] = f"it came out as {value}"
+
+    # Groups
+    # --------------------------------------------------------------------------------------------
+
+    def likelihood(self) -> None:
+        prior = self.pipeline.prior
+        protocol = {
+            "data": self.images.identity,
+            "pixels": pixels_of(self.images.preprocessing),
+            "num_draws": self.num_draws,
+        }
+        # Before the bound, so that they are seen where it is refused because of them
+        self.add("log_partition", log_partition_metrics(prior), **protocol)
+        metrics = evaluate_likelihood(self.pipeline, self.images, num_draws=self.num_draws, **self._options)
+        if prior.spec.is_discrete:
+            metrics["uniform_nats_per_code"] = prior.spec.max_nats / prior.spec.length
+        self.add("likelihood", metrics, **protocol)
+
+    def reconstruction(self) -> None:
+        measured = self._reconstructions
+        protocol = {"data": self.images.identity, "codes": ENCODED}
+        means = {name: values.mean().item() for name, values in measured.values.items()}
+        self.not_measured |= measured.not_measured
+        self.add("reconstruction", {name: means[name] for name in ("psnr", "mse")}, **protocol)
+        if "ssim" in means:
+            windows = f"Gaussian, {SSIM_WINDOW} x {SSIM_WINDOW}, deviation 1.5"
+            self.add("ssim", {"ssim": means["ssim"]}, **protocol, windows=windows)
+        if "lpips" in means:
+            self.add("lpips", {"lpips": means["lpips"]}, **protocol, **self.lpips_parts[1])
+        elif self.lpips_parts is None:
+            self.not_measured["lpips"] = "it needs lpips_weights, of AlexNet: a safetensors file or 'download'"
+        if self._network is not None:
+            name = f"rfid{self._network.suffix}"
+            with self.attempt(name):
+                reference = reference_of(self._network, self.images, batch_size=self.batch_size, cache=self.cache)
+                distance = frechet_distance(feature_statistics(measured.features), reference.statistics)
+                self.add(name, {name: distance}, **protocol, features=self._network.protocol, pixels=EIGHT_BITS)
+
+    def codebook(self) -> None:
+        measured = self._reconstructions
+        levels = measured.counts.levels
+        if not levels:
+            raise NotMeasurableError("the codes are real numbers: there is no codebook")
+        metrics = measured.counts.summary()
+        for level in levels:
+            if (table := measured.position_counts[level]) is not None:
+                suffix = f"_{level}" if len(levels) > 1 else ""
+                metrics[f"position_entropy{suffix}"] = position_entropy(table).mean().item()
+        self.add("codebook", metrics, data=self.images.identity, codes=ENCODED)
+        if self.folder is not None:
+            with self.attempt("pictures of the codebook"):
+                counts = {level: measured.counts.get_buffer(f"total_{level}").cpu() for level in levels}
+                paths = save_codebook_pictures(self.pipeline.tokenizer, counts, measured.position_counts, self.folder)
+                self.pictures |= {path.stem: path.name for path in paths}
+
+    def samples(self) -> None:
+        network = self._network
+        if network is None:
+            raise NotMeasurableError("there is no feature space to compare them in, see fid and fid_classifier")
+        samples = self._samples
+        reference = reference_of(network, self.train_images, batch_size=self.batch_size, cache=self.cache)
+        self.add(
+            f"samples{network.suffix}",
+            sample_metrics(network, samples, reference, batch_size=self.batch_size),
+            **reference.protocol,
+            num_samples=len(samples),
+            num_reference=reference.num_images,
+            num_reference_precision_recall=min(len(samples), reference.num_images, MOST_KEPT),
+            sampling="temperature 1, no guidance, classes equally often",
+            pixels=EIGHT_BITS,
+        )
+
+    def memorisation(self) -> None:
+        samples, held_out = self._samples, self._decoded_held_out()
+        neighbours = nearest_images(torch.cat([samples, held_out]), self.train_images, device=self.pipeline.device)
+        of_samples, of_held_out = neighbours.distances[:, 0].split([len(samples), len(held_out)])
+        metrics = {
+            "nearest_train_sample": of_samples.mean().item(),
+            "nearest_train_held_out": of_held_out.mean().item(),
+            "copying": copying(of_samples, of_held_out),
+        }
+        self.add(
+            "memorisation",
+            metrics,
+            data=self.images.identity,
+            train=self.train_images.identity,
+            num_samples=len(samples),
+            num_held_out=len(held_out),
+            distance="root mean square of pixels, at 32 x 32 or less; held-out images are reconstructed",
+        )
+        if self.folder is not None:
+            path = save_neighbours(samples, neighbours, self.train_images, self.folder / "nearest_training_images.png")
+            self.pictures[path.stem] = path.name
+
+    def out_of_distribution(self, name: str, other) -> None:
+        outside = log_likelihoods(self.pipeline, other, num_draws=self.num_draws, **self._options).bound
+        metrics = {f"ood_auroc_{name}": auroc(self._bounds, outside), f"ood_nats_{name}": -outside.mean().item()}
+        if len(outside) > 1:
+            metrics[f"ood_nats_{name}_se"] = standard_error(outside)
+        self.add(
+            f"ood_{name}",
+            metrics,
+            data=self.images.identity,
+            other=other.identity,
+            pixels=pixels_of(self.images.preprocessing),
+            num_draws=self.num_draws,
+        )
+
+    # What several groups need
+    # --------------------------------------------------------------------------------------------
+
+    @property
+    def _options(self) -> dict:
+        return {"batch_size": self.batch_size, "seed": self.seed}
+
+    @cached_property
+    def _network(self) -> FeatureNetwork | None:
+        if self.inception is not None:
+            return self.inception
+        self.not_measured["fid"] = "it needs inception_weights: a safetensors file or 'download'"
+        with self.attempt("fid_classifier"):
+            if self.train_images is None:
+                raise NotMeasurableError("a classifier of the data set is trained on its training images; give them")
+            network, accuracy = classifier_features(
+                self.train_images, self.images, device=self.pipeline.device, cache=self.cache, seed=self.seed
+            )
+            metrics = {"classifier_accuracy": accuracy}
+            self.add("classifier", metrics, features=network.protocol, tested_on=self.images.identity)
+            return network
+        return None
+
+    @cached_property
+    def _reconstructions(self) -> Reconstructions:
+        compared = {}
+        if "reconstruction" in self.chosen:
+            compared = {"network": self._network, "lpips_network": self.lpips_parts and self.lpips_parts[0]}
+        return reconstruct(self.pipeline, self.images, **compared, **self._options)
+
+    @cached_property
+    def _samples(self) -> Tensor:
+        if self.train_images is None:
+            raise NotMeasurableError("samples are compared with the training images; give them")
+        return draw_samples(self.pipeline, self.num_samples, **self._options)
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        return log_likelihoods(self.pipeline, self.images, num_draws=self.num_draws, **self._options).bound
+
+    def _decoded_held_out(self) -> Tensor:
+        """Reconstructions of at most as many held-out images as there are samples: blurred as samples are."""
+        count = min(len(self.images), self.num_samples)
+        decoded = []
+        for keys in torch.linspace(0, len(self.images) - 1, count).long().split(self.batch_size):
+            batch = self.images.collate(self.images.__getitems__(keys.tolist()))["image"]
+            generator = torch.Generator().manual_seed(keys[0].item())
+            batch = batch.to(self.pipeline.device, self.pipeline.dtype)
+            decoded.append(self.pipeline.reconstruct(batch, generator=generator, output_type="pt"))
+        return torch.cat(decoded)

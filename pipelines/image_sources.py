@@ -35,7 +35,7 @@ class Source(ABC):
 
     where: for messages. class_names: empty if there are no labels. carved: the splits to be carved out of these images,
     empty when all of them are the split asked for. probe_count: how many images a look at the data takes in.
-    thread_safe: whether several threads may read at once.
+    thread_safe: whether several threads may read at once. has_captions: whether images have captions.
     """
 
     where: str
@@ -43,6 +43,7 @@ class Source(ABC):
     carved: tuple[str, ...]
     probe_count: int
     thread_safe = True
+    has_captions = False
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -55,10 +56,22 @@ class Source(ABC):
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image and its label (0 if there are none)."""
 
+    def caption(self, index: int) -> str:
+        """The caption of an image, where there are captions."""
+        raise NotImplementedError(f"{self.where} has no captions")
+
     def probe(self, index: int) -> Probe:
         image, label = self.read(index)
         digest = hashlib.sha256(image.tobytes() + str((image.size, image.mode, label)).encode()).digest()
         return Probe((image.height, image.width), 1 if image.mode in GREY_MODES else 3, digest)
+
+
+def digit_scans() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's scans of digits, uint8 (1797, 8, 8), and which digit each is."""
+    from sklearn.datasets import load_digits  # a second to import
+
+    digits = load_digits()
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
 
 class DigitsSource(Source):
@@ -68,12 +81,8 @@ class DigitsSource(Source):
     carved = ("test", "validation")
 
     def __init__(self):
-        from sklearn.datasets import load_digits  # a second to import
-
-        digits = load_digits()
-        self.pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        self.labels = digits.target
-        self.class_names = [str(name) for name in digits.target_names]
+        self.pixels, self.labels = digit_scans()
+        self.class_names = [str(number) for number in range(10)]
         self.probe_count = len(self)
 
     def __len__(self) -> int:
@@ -254,9 +263,9 @@ def _torchvision_class(name: str) -> type:
 
     if name in datasets.__all__:
         return getattr(datasets, name)
-    known = {known.lower(): known for known in ["digits", "folder", *datasets.__all__]}
+    known = {known.lower(): known for known in ["digits", "scenes", "folder", *datasets.__all__]}
     near = [known[match] for match in difflib.get_close_matches(name.lower(), known, n=3)]
-    hint = f"did you mean {' or '.join(near)}?" if near else "choose digits, folder or a torchvision data set, as MNIST"
+    hint = f"did you mean {' or '.join(near)}?" if near else "choose digits, scenes, folder or torchvision's, as MNIST"
     raise ValueError(f"unknown data set {name!r}; {hint}")
 
 

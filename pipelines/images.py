@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -35,6 +36,7 @@ from pipelines.preprocessing import (
     resize,
     to_float,
 )
+from pipelines.scenes import ScenesSource
 
 Split = Literal["train", "validation", "test"]
 Key = int | tuple[int, int]
@@ -47,7 +49,8 @@ class DataConfig:
     """Which images, in which shape.
 
     Args:
-        name: "digits" (1797 scans of 8x8, in the box), "folder", or the name of a torchvision data set (MNIST, ...).
+        name: "digits" (1797 scans of 8x8, in the box), "scenes" (of them, with captions; image_size is the canvas's),
+            "folder", or the name of a torchvision data set (MNIST, ...).
         root: folder of the images, or where torchvision keeps its files; unused by the digits.
         download: whether torchvision may fetch what is not in `root`.
         image_size: (height, width) in pixels; None takes the size of the data, which must then all be equal.
@@ -60,7 +63,7 @@ class DataConfig:
             same every time. stochastic: a fresh draw each epoch in training, the fixed one elsewhere.
         binarize_seed: seed of the fixed draw.
         validation_fraction: share of the training images held out, where the data has no validation folder.
-        split_seed: seed of the choice of the held-out images.
+        split_seed: seed of the choice of the held-out images, and of the scenes.
         augmentation_seed: seed of crops, flips and fresh binarisation.
         on_bad_image: raise names the first unreadable file; skip leaves such files out and counts them.
         max_images: use at most this many images of the split, chosen by `split_seed`; None uses all.
@@ -123,6 +126,8 @@ def load_images(config: DataConfig, split: Split) -> "ImageDataset":
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(get_args(Split))}")
     if config.name == "digits":
         source = DigitsSource()
+    elif config.name == "scenes":
+        source = ScenesSource(split, config.image_size, config.split_seed)
     elif config.name == "folder":
         source = FolderSource(Path(config.root), split)
     else:
@@ -168,6 +173,7 @@ class ImageDataset(Dataset):
         split: train, validation or test.
         image_shape: (C, H, W).
         num_classes: 0 if there are no labels. class_names: their names in the order of the labels.
+        captions: one for each image, None if there are none.
         preprocessing: the deterministic preprocessing as plain values, for `preprocess_image`.
         identity: what makes this the same data as at another time: name, split, count, content, preprocessing.
         fingerprint: hash of the identity.
@@ -193,6 +199,10 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        return [self.source.caption(int(index)) for index in self._indices] if self.source.has_captions else None
 
     def _probe(self) -> dict[int, Probe]:
         """Looks at the images (at most probe_count of them), leaving out those that cannot be read."""
@@ -272,6 +282,8 @@ class ImageDataset(Dataset):
 
     def _describe(self, content) -> dict:
         content.update(self._indices.astype("<i8").tobytes())
+        if self.captions is not None:
+            content.update(json.dumps(self.captions).encode())
         return {
             "name": self.config.name,
             "split": self.split,
@@ -294,13 +306,30 @@ class ImageDataset(Dataset):
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Tensor]:
         """A whole batch: image (B, C, H, W), label (B,)."""
         keys = [_split_key(key) for key in keys]
-        # a stochastic draw is made image by image in either view
+        if self._only_draws and all(epoch is not None for _, epoch in keys):
+            return self._drawn(keys)
+        # any other draw is made image by image in either view
         drawn = self.config.binarize == "stochastic" or (self._augments and any(epoch is not None for _, epoch in keys))
         if self._cache is None or drawn:
             pixels, labels = zip(*(self._view(index, epoch) for index, epoch in keys))
             return {"image": to_float(np.stack(pixels)), "label": torch.tensor(labels)}
         rows = torch.tensor([index for index, _ in keys])
         return {"image": to_float(self._cache.index_select(0, rows)), "label": self._labels.index_select(0, rows)}
+
+    @property
+    def _only_draws(self) -> bool:
+        """Whether the training view of a decoded image is a fresh binarisation and nothing else."""
+        return self.config.binarize == "stochastic" and not self._augments and self._cache is not None
+
+    def _drawn(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """What `_view` gives for each key; all but the draws themselves is done for the whole batch at once."""
+        rows = torch.tensor([index for index, _ in keys])
+        pixels = self._cache.index_select(0, rows).numpy()
+        uniform = np.empty(pixels.shape, dtype=np.float32)
+        for row, (index, epoch) in zip(uniform, keys):
+            self._stream.at(epoch, index).random(out=row, dtype=np.float32)
+        uniform *= 255
+        return {"image": torch.from_numpy(uniform < pixels).float(), "label": self._labels.index_select(0, rows)}
 
     @staticmethod
     def collate(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,74 +1,180 @@
-"""A bound on log p(x) of a tokenizer with a prior, in nats and bits/dim, split into what each part pays."""
+"""A bound on log p(x) of a tokenizer with a prior, in nats and bits/dim, split into what each part pays.
+
+Letters: k draws of the codes z of an image.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipelines.metrics import bits_per_dim
+from pipelines.metrics import NotMeasurableError, bits_per_dim
+from pipelines.seeding import own_randomness
 from prior.base import Codes, Prior
 
 # Averaging a conditional prior over its classes costs one pass per class
 MOST_CLASSES_TO_AVERAGE = 100
 
 
-@torch.inference_mode()
-def evaluate_likelihood(pipeline, dataset, *, batch_size: int = 128, progress: bool = True) -> dict[str, float]:
-    """log p(x) >= log p(x | z) + log p(z) at z = encode(x), averaged over a data set.
+class LogLikelihoods(NamedTuple):
+    """Of each image, (N,) float64 on the CPU, in nats.
 
-    For a deterministic encoder this is the exact contribution of one z to p(x) = sum_z p(x | z) p(z), hence a bound.
-    It holds for the discrete 8-bit pixels (or bits, where images are binarised), so bits/dim of all models compare.
-    For a class-conditional prior, p(z) is the average over the classes, p(z) = 1/Y sum_y p(z | y).
-
-    Returns:
-        nats (of -log p(x)) and its parts: distortion_nats of p(x | z), rate_nats of p(z); bits_per_dim; standard
-        errors of both (`_se`), where there is more than one image; prior_nats_per_code (given the class, where there
-        is one); num_images.
+    bound: log mean over k draws of w = p(x | z) p(z) / q(z | x); elbo: mean of log w; distortion: mean of
+    -log p(x | z); rate: mean of log q(z | x) - log p(z), so that elbo = -distortion - rate; conditional: mean of
+    log p(z | label), log p(z) for a prior without classes.
     """
-    tokenizer, prior, device = pipeline.tokenizer, pipeline.prior, pipeline.device
-    columns: dict[str, list[Tensor]] = {"distortion": [], "rate": [], "conditional": []}
-    starts = range(0, len(dataset), batch_size)
-    for start in tqdm(starts, desc="likelihood", unit="batch", disable=None if progress else True):
-        keys = list(range(start, min(start + batch_size, len(dataset))))
-        batch = dataset.collate(dataset.__getitems__(keys))
-        images = batch["image"].to(device)
-        codes = tokenizer.encode(images.to(pipeline.dtype))
-        conditional, marginal = prior_log_prob(prior, codes, batch["label"].to(device))
-        columns["distortion"].append(tokenizer.nll(images, codes).double())
-        columns["rate"].append(-marginal.double())
-        columns["conditional"].append(-conditional.double())
-    distortion, rate, conditional = (torch.cat(column) for column in columns.values())
-    num_dims = math.prod(tokenizer.config.image_shape)
-    nats, errors = (distortion + rate).mean().item(), {}
-    if len(distortion) > 1:
-        nats_se = standard_error(distortion + rate)
+
+    bound: Tensor
+    elbo: Tensor
+    distortion: Tensor
+    rate: Tensor
+    conditional: Tensor
+
+
+def evaluate_likelihood(
+    pipeline, dataset, *, num_draws: int = 1, batch_size: int = 128, seed: int = 0, progress: bool = True
+) -> dict[str, float]:
+    """log p(x) >= E log 1/k sum of p(x | z) p(z) / q(z | x) over k draws z ~ q(z | x), averaged over a data set.
+
+    This is the importance-weighted bound (Burda et al. 2016, arXiv:1509.00519, Eq. 8): it grows with k, towards
+    log p(x). A deterministic encoder has one z, for which it is the exact contribution of that z to
+    p(x) = sum_z p(x | z) p(z), whatever k. It holds for the discrete 8-bit pixels (or bits, where images are
+    binarised), so bits/dim of all models compare. For a class-conditional prior, p(z) is the average over the classes,
+    p(z) = 1/Y sum_y p(z | y).
+
+    Args:
+        pipeline: a `Pipeline`.
+        dataset: images, as of `load_images`.
+        num_draws: k.
+        batch_size: images computed at a time; k does not change the memory.
+        seed: of the draws. The same seed and batch size give the same numbers; torch's own generators are left alone.
+        progress: whether a terminal shows a bar.
+    Returns:
+        nats (of the bound on -log p(x)) and bits_per_dim; negative_elbo_nats, which is their value for k = 1, and its
+        parts, means under q: distortion_nats of p(x | z), rate_nats of q(z | x) against p(z), the KL divergence;
+        standard errors over images (`_se`), where there is more than one; prior_nats_per_code (given the class, where
+        there is one) for codes that are integers; num_draws made; num_images. A standard error does not hold what is
+        unknown of log Z.
+    Raises:
+        ValueError: num_draws or batch_size below 1.
+        NotMeasurableError: log p(z) is not known: captions, too many classes, or a log Z whose estimates disagree.
+    """
+    values = log_likelihoods(
+        pipeline, dataset, num_draws=num_draws, batch_size=batch_size, seed=seed, progress=progress
+    )
+    num_dims = math.prod(pipeline.tokenizer.config.image_shape)
+    nats, errors = -values.bound.mean().item(), {}
+    if len(dataset) > 1:
+        nats_se = standard_error(values.bound)
         errors = {"nats_se": nats_se, "bits_per_dim_se": bits_per_dim(nats_se, num_dims)}
+        errors["negative_elbo_nats_se"] = standard_error(values.elbo)
+    spec, of_codes = pipeline.prior.spec, {}
+    if spec.is_discrete:
+        of_codes = {"prior_nats_per_code": -values.conditional.mean().item() / spec.length}
     return {
         "nats": nats,
         "bits_per_dim": bits_per_dim(nats, num_dims),
+        "negative_elbo_nats": -values.elbo.mean().item(),
         **errors,
-        "distortion_nats": distortion.mean().item(),
-        "rate_nats": rate.mean().item(),
-        "prior_nats_per_code": conditional.mean().item() / prior.spec.length,
+        "distortion_nats": values.distortion.mean().item(),
+        "rate_nats": values.rate.mean().item(),
+        **of_codes,
+        "num_draws": num_draws if pipeline.tokenizer.is_stochastic else 1,
         "num_images": len(dataset),
     }
 
 
-def prior_log_prob(prior: Prior, codes: Codes, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(log p(z | label), log p(z)), each (B,); equal where the prior has no classes.
+@torch.inference_mode()
+def log_likelihoods(
+    pipeline, dataset, *, num_draws: int = 1, batch_size: int = 128, seed: int = 0, progress: bool = True
+) -> LogLikelihoods:
+    """The bound and its parts for each image; see `evaluate_likelihood`."""
+    for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_prior(pipeline.prior)
+    num_draws = num_draws if pipeline.tokenizer.is_stochastic else 1
+    starts = range(0, len(dataset), batch_size)
+    parts = []
+    with (
+        own_randomness(seed, pipeline.device),
+        tqdm(total=len(starts) * num_draws, desc="likelihood", unit="pass", disable=None if progress else True) as bar,
+    ):
+        for start in starts:
+            keys = list(range(start, min(start + batch_size, len(dataset))))
+            batch = dataset.collate(dataset.__getitems__(keys))
+            parts.append(_of_batch(pipeline, batch["image"], batch["label"], num_draws, bar.update))
+    return LogLikelihoods(*(torch.cat(column) for column in zip(*parts)))
 
-    Raises:
-        ValueError: too many classes to average over.
-    """
-    if prior.num_classes == 0:
-        log_prob = prior.log_prob(codes)
-        return log_prob, log_prob
+
+def _of_batch(pipeline, images: Tensor, labels: Tensor, num_draws: int, advance) -> LogLikelihoods:
+    tokenizer, device, dtype = pipeline.tokenizer, pipeline.device, pipeline.dtype
+    images, labels = images.to(device), labels.to(device)
+    # The images stay in float32: the 256 values of a pixel do not fit into the numbers of bfloat16
+    half = dtype in (torch.bfloat16, torch.float16)
+    log_sum = torch.full((len(images),), -math.inf, dtype=torch.float64)
+    totals = torch.zeros(4, len(images), dtype=torch.float64)
+    draws = tokenizer.draw_posteriors(images if half else images.to(dtype), num_draws)
+    for _ in range(num_draws):
+        with torch.autocast(device.type, dtype if half else None, enabled=half):
+            draw = next(draws)
+        parts = (draw.log_likelihood, draw.log_q, *prior_log_prob(pipeline.prior, draw.codes, labels))
+        log_likelihood, log_q, conditional, marginal = (part.cpu().double() for part in parts)
+        rate = log_q - marginal
+        log_weight = log_likelihood - rate
+        log_sum = torch.logaddexp(log_sum, log_weight)
+        totals += torch.stack([log_weight, -log_likelihood, rate, conditional])
+        advance()
+    return LogLikelihoods(log_sum - math.log(num_draws), *(totals / num_draws))
+
+
+def check_prior(prior: Prior) -> None:
+    """Raises NotMeasurableError where log p(z) cannot be had."""
+    if prior.conditional_on_text:
+        raise NotMeasurableError(
+            "log p(x) needs p(z), but this prior is conditional on captions and an average over all captions cannot be "
+            "computed; train an unconditional prior for this number"
+        )
     if prior.num_classes > MOST_CLASSES_TO_AVERAGE:
-        raise ValueError(
+        raise NotMeasurableError(
             f"log p(x) needs an average over the prior's {prior.num_classes} classes, at most "
             f"{MOST_CLASSES_TO_AVERAGE} are computed; train an unconditional prior for this number"
         )
+    if hasattr(prior, "log_partition"):
+        try:
+            prior.log_partition().require()
+        except ValueError as error:
+            raise NotMeasurableError(str(error)) from error
+
+
+def log_partition_metrics(prior: Prior) -> dict[str, float]:
+    """What is known of log Z of a Boltzmann prior, in nats; empty for other priors.
+
+    log_partition; unless it is exact, log_partition_se (of the estimate from below, from the spread of its importance
+    weights), log_partition_lower and _upper (estimates that err to either side) and log_partition_ess, the effective
+    sample size of the weights.
+    """
+    if not hasattr(prior, "log_partition"):
+        return {}
+    partition = prior.log_partition()
+    if partition.exact:
+        return {"log_partition": partition.value}
+    return {
+        "log_partition": partition.value,
+        "log_partition_se": partition.standard_error,
+        "log_partition_lower": partition.lower,
+        "log_partition_upper": partition.upper,
+        "log_partition_ess": partition.effective_sample_size,
+    }
+
+
+def prior_log_prob(prior: Prior, codes: Codes, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p(z | label), log p(z)), each (B,); equal where the prior has no classes."""
+    if prior.num_classes == 0:
+        log_prob = prior.log_prob(codes)
+        return log_prob, log_prob
     of_class = torch.stack([prior.log_prob(codes, torch.full_like(labels, y)) for y in range(prior.num_classes)])
     conditional = of_class.gather(0, labels[None])[0]
     return conditional, of_class.logsumexp(dim=0) - math.log(prior.num_classes)

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 from prior.base import Codes, CodeSpec
 
 
+class NotMeasurableError(ValueError):
+    """A number cannot be had of this model, of these data or on this machine; the message says why and what helps."""
+
+
 def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
     """Nats per image -> bits per pixel and channel."""
     return nats / (num_dims * math.log(2))
@@ -48,35 +52,38 @@ def has_collapsed(counts: Tensor) -> bool:
 
 
 class CodeCounts(nn.Module):
-    """How often each code of each level occurred, over all processes.
+    """How often each code of each level occurred, over all processes; levels of real numbers are left out.
 
     Counts are gathered by `add` in each process and become common to all in `merge`.
     """
 
     def __init__(self, spec: CodeSpec):
         super().__init__()
-        self.num_levels = spec.num_levels
-        for level, vocab_size in enumerate(spec.vocab_sizes):
+        self.levels = [level for level, vocab_size in enumerate(spec.vocab_sizes) if vocab_size is not None]
+        for level in self.levels:
+            vocab_size = spec.vocab_sizes[level]
             self.register_buffer(f"total_{level}", torch.zeros(vocab_size, dtype=torch.int64))
             # A state is saved only between steps, where nothing is pending
             self.register_buffer(f"pending_{level}", torch.zeros(vocab_size, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def add(self, codes: Codes) -> None:
-        for level, code in enumerate(codes):
+        for level in self.levels:
             pending = self.get_buffer(f"pending_{level}")
-            code = code.flatten()  # bincount would wait for the device
+            code = codes[level].flatten()  # bincount would wait for the device
             pending.index_add_(0, code, torch.ones_like(code))
 
     @torch.no_grad()
     def merge(self) -> None:
-        pending = [self.get_buffer(f"pending_{level}") for level in range(self.num_levels)]
+        pending = [self.get_buffer(f"pending_{level}") for level in self.levels]
+        if not pending:
+            return
         merged = torch.cat(pending)
         if dist.is_initialized():
             dist.all_reduce(merged)
-        for level, part in enumerate(merged.split([len(p) for p in pending])):
+        for level, counted, part in zip(self.levels, pending, merged.split([len(p) for p in pending])):
             self.get_buffer(f"total_{level}").add_(part)
-            pending[level].zero_()
+            counted.zero_()
 
     def reset(self) -> None:
         for buffer in self.buffers():
@@ -85,8 +92,8 @@ class CodeCounts(nn.Module):
     def summary(self) -> dict[str, float]:
         """Usage and perplexity, by level where there are several."""
         result = {}
-        for level in range(self.num_levels):
-            suffix = f"_{level}" if self.num_levels > 1 else ""
+        for level in self.levels:
+            suffix = f"_{level}" if len(self.levels) > 1 else ""
             counts = self.get_buffer(f"total_{level}")
             result[f"codebook_usage{suffix}"] = codebook_usage(counts)
             result[f"perplexity{suffix}"] = perplexity(counts)
@@ -95,7 +102,7 @@ class CodeCounts(nn.Module):
     def complaints(self) -> dict[str, str]:
         """For each level whose codebook has collapsed, what is seen of it and what helps."""
         result = {}
-        for level in range(self.num_levels):
+        for level in self.levels:
             counts = self.get_buffer(f"total_{level}")
             if has_collapsed(counts):
                 result[f"codebook of level {level}"] = (

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from pipelines.codes import CodeDataset
 from pipelines.metrics import CodeCounts, psnr
 from prior.base import Prior
 from tokenizer.base import Tokenizer
@@ -48,24 +49,24 @@ class Objective(nn.Module, ABC):
 
 
 class TokenizerLoss(Objective):
-    """A tokenizer's own losses. Values per image: nll (nats/dim of the decoder), mse, psnr (dB)."""
+    """A tokenizer's own losses. Values per image: those of `Tokenizer.scores`, mse, psnr (dB)."""
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         self.model = tokenizer
         self.train_counts = CodeCounts(tokenizer.spec)
         self.evaluation_counts = CodeCounts(tokenizer.spec)
-        self.num_dims = math.prod(tokenizer.config.image_shape)
 
     def forward(self, batch: dict, step: int | None = None) -> dict[str, Tensor]:
         images = batch["image"]
-        output = self.model(images, step)
+        labels = (batch["label"],) if self.training and self.model.num_classes > 0 else ()
+        output = self.model(images, step, *labels)
         if self.training:
             self.train_counts.add(output.codes)
             return output.losses
         self.evaluation_counts.add(output.codes)
         return {
-            "nll": self.model.nll(images, output.codes) / self.num_dims,
+            **self.model.scores(images, output),
             "mse": (output.images - images).square().flatten(1).mean(dim=1),
             "psnr": psnr(output.images, images),
         }
@@ -90,20 +91,69 @@ class TokenizerLoss(Objective):
         return self.evaluation_counts.summary()
 
     def complaints(self) -> dict[str, str]:
-        return self.evaluation_counts.complaints() | self.train_counts.complaints()
+        return self.evaluation_counts.complaints() | self.train_counts.complaints() | self.model.complaints()
 
 
 class PriorLoss(Objective):
-    """A prior's own losses on codes from disk. Value per image: nll in nats per code."""
+    """A prior's own losses on codes from disk.
 
-    def __init__(self, prior: Prior):
+    Values per image: nll (nats per code) and, where codes are integers, bits_per_image (of all its codes). Beside them
+    stand those of what knows nothing, the uniform distribution, and of what knows only how often each code occurs, a
+    unigram table.
+
+    Args:
+        prior: conditional on what the batches hold: "label", or the token ids "text" of captions.
+        unigram_nll: nats per code of a unigram table on the validation data, see `unigram_nats_per_code`; None leaves
+            it out.
+    """
+
+    def __init__(self, prior: Prior, *, unigram_nll: float | None = None):
         super().__init__()
         self.model = prior
+        # a density of real numbers has neither
+        uniform_nll = prior.spec.max_nats / prior.spec.length if prior.spec.is_discrete else None
+        nlls = {"uniform": uniform_nll, "unigram": unigram_nll}
+        self.references = {
+            f"{name}_{unit}": nll * scale
+            for unit, scale in (("nll", 1.0), ("bits_per_image", prior.spec.length / math.log(2)))
+            for name, nll in nlls.items()
+            if nll is not None
+        }
 
     def forward(self, batch: dict, step: int | None = None) -> dict[str, Tensor]:
         codes = tuple(batch["codes"])
         labels = batch["label"] if self.model.num_classes > 0 else None
+        if self.model.conditional_on_text:
+            labels = batch["text"]
         if self.training:
             return self.model(codes, labels)
         with torch.no_grad():
-            return {"nll": -self.model.log_prob(codes, labels) / self.model.spec.length}
+            nats = -self.model.log_prob(codes, labels)
+        bits = {"bits_per_image": nats / math.log(2)} if self.model.spec.is_discrete else {}
+        return {"nll": nats / self.model.spec.length, **bits}
+
+    def summary(self) -> dict[str, float]:
+        return {} if self.training else dict(self.references)
+
+
+def unigram_nats_per_code(train_codes: CodeDataset, validation_codes: CodeDataset) -> float:
+    """Cross-entropy of the validation codes under how often each code of a level occurs in training, wherever it is.
+
+    Laplace's rule (one count more for each code) leaves no code without probability. A prior that is not below this
+    number has learnt nothing of how codes depend on each other, on their place or on a condition.
+    """
+    spec, nats = train_codes.spec, 0.0
+    for train, validation in zip(code_counts(train_codes), code_counts(validation_codes)):
+        probabilities = (train + 1) / (train + 1).sum()
+        nats -= (validation * probabilities.log()).sum().item()
+    return nats / (len(validation_codes) * spec.length)
+
+
+def code_counts(codes: CodeDataset, rows: int = 65536) -> list[Tensor]:
+    """How often each code occurs: (K_l,) float64 for each level. Reads `rows` images at a time."""
+    counts = [torch.zeros(vocab_size, dtype=torch.float64) for vocab_size in codes.spec.vocab_sizes]
+    for start in range(0, len(codes), rows):
+        batch = codes.__getitems__(range(start, min(start + rows, len(codes))))
+        for total, level in zip(counts, batch["codes"]):
+            total += level.flatten().bincount(minlength=len(total))
+    return counts

@@ -1,8 +1,10 @@
 """Pictures that a person looks at: grids of reconstructions and samples."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -11,29 +13,70 @@ from prior.base import Prior
 from tokenizer.base import Tokenizer
 
 SMALLEST_SIDE = 64  # smaller images are enlarged by whole factors, so that a person sees the pixels
+PADDING = 2  # pixels between images
+TEXT_HEIGHT = 16  # of a line of names
 
 
-def save_grid(images: Tensor, path: Path, *, columns: int) -> Path:
-    """Writes (B, C, H, W) images in [0, 1] as one PNG, row by row."""
+def save_grid(images: Tensor, path: Path, *, columns: int, column_names: Sequence[str] = ()) -> Path:
+    """Writes (B, C, H, W) images in [0, 1] as one PNG, row by row, with names above the columns where there are any."""
+    picture = grid_picture(images, columns, column_names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")
+    return path
+
+
+def grid_picture(images: Tensor, columns: int, column_names: Sequence[str] = ()) -> Image.Image:
+    """The picture that `save_grid` writes."""
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
     images = images.detach().float().cpu().clamp(0, 1)
     factor = max(1, SMALLEST_SIDE // min(images.shape[-2:]))
     images = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=0.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        to_pil_image(grid).save(file, format="PNG")
-    return path
+    picture = to_pil_image(make_grid(images, nrow=columns, padding=PADDING, pad_value=0.5))
+    return _with_header(picture, images.shape[-1] + PADDING, column_names) if column_names else picture
 
 
-def check_picture(path: Path, columns: int) -> None:
-    """Raises ValueError where `save_grid` could not write, before the work on its images is done."""
+def _with_header(picture: Image.Image, column_width: int, names: Sequence[str]) -> Image.Image:
+    """The picture with a line of names above it, each cut off where the next column begins."""
+    whole = Image.new(picture.mode, (picture.width, picture.height + TEXT_HEIGHT), "white")
+    whole.paste(picture, (0, TEXT_HEIGHT))
+    font = ImageFont.load_default(TEXT_HEIGHT - 5)
+    for column, name in enumerate(names):
+        label = Image.new(picture.mode, (column_width - PADDING, TEXT_HEIGHT), "white")
+        ImageDraw.Draw(label).text((0, 0), name, fill="black", font=font)
+        whole.paste(label, (PADDING + column * column_width, 0))
+    return whole
+
+
+def check_picture(path: Path, columns: int = 1, suffix: str = ".png") -> None:
+    """Raises ValueError where a picture could not be written, before the work on its images is done."""
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
-    if path.is_dir() or path.suffix.lower() != ".png":
-        raise ValueError(f"the picture is written as PNG, got '{path}'; name a file that ends in .png")
+    if path.is_dir() or path.suffix.lower() != suffix:
+        raise ValueError(
+            f"the picture is written as {suffix[1:].upper()}, got '{path}'; name a file that ends in {suffix}"
+        )
+
+
+def class_columns(pipeline, class_labels=None, rows: int = 8) -> tuple[list[int], list[str]]:
+    """Labels, row by row, of a grid with a column for each class, and the columns' names.
+
+    Args:
+        class_labels: number, name, or a list of them; default all classes.
+    Raises:
+        ValueError: the prior has no classes, there are no rows, or an unknown class.
+    """
+    if pipeline.prior.num_classes == 0:
+        raise ValueError("a grid of classes needs a class-conditional prior; this one has no classes")
+    if rows < 1:
+        raise ValueError(f"a grid of classes needs at least 1 image of each, got {rows}")
+    if class_labels is None:
+        class_labels = list(range(pipeline.prior.num_classes))
+    labels = pipeline.label_ids(class_labels if isinstance(class_labels, list) else [class_labels])
+    known = len(pipeline.class_names)
+    return labels * rows, [pipeline.class_names[label] if 0 <= label < known else str(label) for label in labels]
 
 
 def side_by_side(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
@@ -58,10 +101,18 @@ def save_reconstructions(tokenizer: Tokenizer, images: Dataset, path: Path, *, n
 
 
 @torch.no_grad()
-def save_samples(prior: Prior, tokenizer: Tokenizer, path: Path, *, rows: int = 8, seed: int = 0) -> Path:
-    """Writes a grid of samples: one column per class (at most 16 of them), or 8 columns without classes."""
-    columns = min(prior.num_classes, 16) or 8
+def save_samples(
+    prior: Prior, tokenizer: Tokenizer, path: Path, *, captions: Tensor | None = None, rows: int = 8, seed: int = 0
+) -> Path:
+    """Writes a grid of samples: one column per class or caption (at most 16 of them), or 8 columns without them.
+
+    Args:
+        captions: token ids (columns, max_text_length), of a prior that is conditional on captions.
+    """
+    columns = min(len(captions) if prior.conditional_on_text else prior.num_classes, 16) or 8
     labels = torch.arange(columns).repeat(rows) if prior.num_classes else None
+    if prior.conditional_on_text:
+        labels = captions[:columns].repeat(rows, 1)
     generator = torch.Generator().manual_seed(seed)
     codes = prior.sample(rows * columns, labels, generator=generator)
     device = next(tokenizer.parameters()).device

@@ -59,13 +59,18 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
+def covering_size(size: tuple[int, int], preprocessing: dict) -> tuple[int, int]:
+    """(width, height) to which a picture of `size` (width, height) is resized, so that image_size is just covered."""
+    height, width = preprocessing["image_size"]
+    scale = max(height / size[1], width / size[0])
+    return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
+
+
 def resize(image: Image.Image, preprocessing: dict) -> np.ndarray:
     """Resizes so that image_size is just covered; uint8 (C, h, w) with h >= H, w >= W, one of them equal."""
-    height, width = preprocessing["image_size"]
     image = _to_mode(image, preprocessing["channels"])
-    if (image.height, image.width) != (height, width):
-        scale = max(height / image.height, width / image.width)
-        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    size = covering_size(image.size, preprocessing)
+    if size != image.size:
         image = image.resize(size, Image.Resampling[preprocessing["resize_filter"].upper()])
     pixels = np.array(image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from pipelines.checkpoint import load_tokenizer
 from pipelines.config import differences, has_config_file, read_yaml
 from pipelines.files import atomic_file
 from pipelines.images import DataConfig, ImageDataset, load_images
 from tokenizer.base import Tokenizer
 
 RUNS = Path("runs")
+CODES = "codes/train/spec.json"
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -45,6 +47,17 @@ def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:
     if not found:
         raise ValueError(f"no run under {runs.absolute()} has {containing}; train a tokenizer first, or give --run")
     return found[-1].parents[len(Path(containing).parts) - 1]
+
+
+def find_codes(run: str | None, runs: Path = RUNS) -> Path:
+    """The run folder named, or the newest one, that has codes; see `find_run`.
+
+    Raises:
+        ValueError: there are none, with the reason where the tokenizer's codes are real numbers.
+    """
+    if run is not None and not (Path(run) / CODES).exists() and (Path(run) / "tokenizer").is_dir():
+        load_tokenizer(Path(run) / "tokenizer").spec.check_discrete("stage two")
+    return find_run(run, CODES, runs)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -66,6 +66,7 @@ class TrainingConfig:
         weight_decay: decoupled weight decay.
         adam_beta1: decay of the first moment.
         adam_beta2: decay of the second moment.
+        adam_eps: added to the root of the second moment.
         lr_schedule: shape of the learning rate after the warm-up.
         warmup_steps: steps over which the learning rate rises linearly from 0.
         max_grad_norm: gradients are clipped to this norm; 0 turns it off.
@@ -89,6 +90,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
     lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     warmup_steps: int = 100
     max_grad_norm: float = 1.0
@@ -125,6 +127,8 @@ class TrainingConfig:
             raise ValueError(f"training.seed must lie in [0, 2^63), got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if not self.adam_eps > 0:
+            raise ValueError(f"training.adam_eps must be above 0, got {self.adam_eps}")
         if not self.learning_rate > 0:
             raise ValueError(f"training.learning_rate must be above 0, got {self.learning_rate}")
 
@@ -173,14 +177,17 @@ def adamw(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
         module.parameters(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
         weight_decay=config.weight_decay,
+        fused=True,  # one kernel per parameter instead of a dozen; a third of the time on a CPU
     )
 
 
 def describe(accelerator: Accelerator, model: nn.Module, train_data: Dataset, validation_data: Dataset) -> str:
     """A line that says what is about to be trained, on what and where."""
     codes = " + ".join(
-        f"{'x'.join(map(str, shape))} codes of {size}" for shape, size in zip(model.spec.shapes, model.spec.vocab_sizes)
+        f"{'x'.join(map(str, shape))} {'real numbers' if size is None else f'codes of {size}'}"
+        for shape, size in zip(model.spec.shapes, model.spec.vocab_sizes)
     )
     return (
         f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {codes}; "
@@ -257,8 +264,8 @@ class _Run:
                         window.add(self._micro_step(step, micro_batch, next(batches)))
                 for ema in self.emas:
                     ema.update(step)
-                for update in self.updates:
-                    accelerator.unwrap_model(update.module).after_step()
+                for objective in self.objectives:
+                    objective.after_step()
                 self.scheduler_step()
                 progress.step = step + 1
                 bar.update(config.batch_size)
@@ -319,7 +326,8 @@ class _Run:
                 )
             )
         self.module = self.updates[0].module
-        self.objective: Objective = self.accelerator.unwrap_model(self.module)
+        self.objectives: list[Objective] = [self.accelerator.unwrap_model(update.module) for update in self.updates]
+        self.objective = self.objectives[0]
 
     def _initialize(self) -> None:
         size = min(self.config.batch_size, LARGEST_INITIAL_BATCH)
@@ -343,6 +351,7 @@ class _Run:
                 _set_weights(update.module, tensors[f"{update.name}.ema"])
                 ema.adopt_current()
             _set_weights(update.module, tensors[f"{update.name}.weights"])
+            self._take_own_buffers(update, tensors.get(f"{update.name}.processes", {}))
             _set_optimizer(update, tensors[f"{update.name}.optimizer"], saved["param_groups"])
             scheduler.load_state_dict(saved["scheduler"])
         if self.accelerator.scaler is not None and info["scaler"]:
@@ -363,7 +372,8 @@ class _Run:
 
     def _micro_step(self, step: int, micro_batch: int, batch: dict) -> dict[str, Tensor]:
         accelerator, logged = self.accelerator, {}
-        torch.manual_seed(derived_seed(self.config.seed, "noise", accelerator.process_index, step, micro_batch))
+        seed = derived_seed(self.config.seed, "noise", accelerator.process_index, step, micro_batch)
+        _seed_noise(seed, accelerator.device)
         batch = _to_device(batch, accelerator.device)
         with accelerator.accumulate(*(update.module for update in self.updates)):
             for update in self.updates:
@@ -378,8 +388,10 @@ class _Run:
                     )
                     self._check_finite(step, norm, losses)
                     logged["grad_norm"] = norm.detach()
-                update.optimizer.step()
-                update.optimizer.zero_grad()
+                    # Only a scaler needs accelerate's step, which each time looks for an optional package on disk
+                    bare = update.optimizer.optimizer
+                    (bare if accelerator.scaler is None else update.optimizer).step()
+                    bare.zero_grad()
         return logged
 
     def _check_finite(self, step: int, norm: Tensor, losses: dict[str, Tensor]) -> None:
@@ -470,6 +482,8 @@ class _Run:
             if self.config.ema_decay:
                 with ema.applied():
                     tensors[f"{update.name}.ema"] = _get_weights(update.module)
+            if own := self._gather_own_buffers(update):
+                tensors[f"{update.name}.processes"] = own
             infos[update.name] = {"param_groups": groups, "scheduler": scheduler.state_dict()}
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -488,6 +502,16 @@ class _Run:
         # Read back from disk by every process, so that all go on with equal ones
         tensors, _ = load_state(newest_state(self.folder / "best"))
         return {name.removeprefix("model."): t for name, t in tensors["weights"].items() if name.startswith("model.")}
+
+    def _gather_own_buffers(self, update: Update) -> dict[str, Tensor]:
+        """(P, ...) by name: buffers that differ between processes by design, such as the chains of a sampler."""
+        buffers = _own_buffers(self.accelerator.unwrap_model(update.module))
+        return {name: self.accelerator.gather(buffer[None]) for name, buffer in buffers.items()}
+
+    def _take_own_buffers(self, update: Update, saved: dict[str, Tensor]) -> None:
+        for name, buffer in _own_buffers(self.accelerator.unwrap_model(update.module)).items():
+            of_processes = saved[name]
+            buffer.copy_(of_processes[self.accelerator.process_index % len(of_processes)])
 
     # Smaller parts
     # --------------------------------------------------------------------------------------------
@@ -643,6 +667,13 @@ def evaluate(accelerator: Accelerator, module: nn.Module, dataset: Dataset, batc
     return means
 
 
+def _seed_noise(seed: int, device: torch.device) -> None:
+    """As torch.manual_seed, which also formats a stack trace for each kind of device that is not in use (0.3 ms)."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def _to_device(batch, device: torch.device):
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
@@ -681,6 +712,15 @@ def _set_optimizer(update: Update, tensors: dict[str, Tensor], param_groups: lis
     set_optimizer_state_dict(
         update.module, update.optimizer.optimizer, {"state": state, "param_groups": groups}, options=_WHOLE
     )
+
+
+def _own_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a part of the model names in `per_process_buffers`, by their name in the whole."""
+    return {
+        f"{path}.{name}": part.get_buffer(name)
+        for path, part in module.named_modules()
+        for name in getattr(part, "per_process_buffers", ())
+    }
 
 
 def _drop_log_after(path: Path, step: int) -> None:

@@ -1,30 +1,48 @@
 """`Pipeline`: a tokenizer and a prior over its codes as one thing that samples, encodes, decodes, saves and loads."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Number
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pipelines.card import model_card
 from pipelines.checkpoint import fingerprint, load_prior, load_tokenizer, resolve_folder, save_model
+from pipelines.completion import Completions, Ranking, candidate_generators, check_candidates, complete
+from pipelines.drawing import Generators, decode_codes, draw_codes, one_generator_each
 from pipelines.files import atomic_file, read_json, write_json_atomic
+from pipelines.masks import as_mask, check_geometry, check_mask_sizes
+from pipelines.outpainting import check_canvas, outpaint
 from pipelines.preprocessing import preprocess_image
-from prior.base import Codes, Prior
-from prior.sampling import ImageNoise
+from pipelines.rejection import Accepted, Score, rejection_sample
+from pipelines.text import TextTokenizer
+from prior.base import PADDING, Codes, Prior
+from prior.sampling import GuidanceSchedule
 from tokenizer.base import Tokenizer
 
 INDEX_NAME = "model_index.json"
+TEXT_TOKENIZER = "text_tokenizer"
 OUTPUT_TYPES = ("pil", "np", "pt", "codes")
-Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class SampleOutput(NamedTuple):
+    """What `Pipeline.sample` returns with return_log_prob.
+
+    images: as output_type says; log_prob: (B,) nats, the log-probability with which the codes of each image were drawn
+    under the sampling options, given its label; class_labels: (B,) int64, or None where the prior has no classes.
+    """
+
+    images: object
+    log_prob: Tensor
+    class_labels: Tensor | None
 
 
 class Pipeline:
@@ -39,8 +57,10 @@ class Pipeline:
         prior: stage two; None takes the prior that the tokenizer assumed (or learned) while training.
         class_names: one per class label, for labels given by name.
         metrics: measured numbers, kept with the pipeline and shown in its model card.
+        evaluations: by split, how those of them that an evaluation measured came about: command, data, protocol.
+        text_tokenizer: what made token ids of the captions, if and only if the prior is conditional on them.
     Raises:
-        ValueError: the prior was trained on the codes of another tokenizer.
+        ValueError: the prior was trained on the codes of another tokenizer, or with captions of another text tokenizer.
     """
 
     def __init__(
@@ -50,15 +70,20 @@ class Pipeline:
         *,
         class_names: Sequence[str] = (),
         metrics: dict | None = None,
+        evaluations: dict | None = None,
+        text_tokenizer: TextTokenizer | None = None,
     ):
         self.tokenizer = tokenizer.eval()
         self.has_stage_two = prior is not None
         self.prior = (tokenizer.prior if prior is None else prior).eval()
         self.class_names = list(class_names)
         self.metrics = dict(metrics or {})
-        self._progress_bar_config: dict = {}
+        self.evaluations = dict(evaluations or {})
+        self.text_tokenizer = text_tokenizer
+        self.progress_bar_config: dict = {}
         if prior is not None:
             check_belongs(prior, tokenizer)
+        check_text_tokenizer(self.prior, text_tokenizer)
 
     # Loading and saving
     # --------------------------------------------------------------------------------------------
@@ -70,6 +95,7 @@ class Pipeline:
         *,
         tokenizer: Tokenizer | None = None,
         prior: Prior | None = None,
+        text_tokenizer: TextTokenizer | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         **download_options,
@@ -78,7 +104,7 @@ class Pipeline:
 
         Args:
             path_or_id: folder, or "user/name" on the hub.
-            tokenizer, prior: used in place of the saved ones.
+            tokenizer, prior, text_tokenizer: used in place of the saved ones.
             device: where the models go; default the CPU.
             dtype: floating-point type of the weights; default as saved.
             download_options: revision, cache_dir, token, local_files_only, force_download.
@@ -90,11 +116,17 @@ class Pipeline:
         tokenizer = tokenizer or _checked_part(index, "tokenizer", load_tokenizer(folder / "tokenizer"))
         if prior is None and index["prior"] != [None, None]:
             prior = _checked_part(index, "prior", load_prior(folder / "prior"))
+        if text_tokenizer is None and prior is not None and prior.conditional_on_text:
+            text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
         class_names = [name for _, name in sorted(index["id2label"].items(), key=lambda item: int(item[0]))]
-        return cls(tokenizer, prior, class_names=class_names, metrics=index["metrics"]).to(device, dtype)
+        pipeline = cls(
+            tokenizer, prior, class_names=class_names, metrics=index["metrics"], evaluations=index["evaluations"],
+            text_tokenizer=text_tokenizer,
+        )  # fmt: skip
+        return pipeline.to(device, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model_index.json, tokenizer/, prior/ (where there is one) and a model card, README.md."""
+        """Writes model_index.json, tokenizer/, prior/ and text_tokenizer/ (where there is one) and a model card."""
         folder = Path(folder)
         save_model(self.tokenizer, folder / "tokenizer")
         if self.has_stage_two:
@@ -105,10 +137,13 @@ class Pipeline:
                 save_model(self.prior, folder / "prior")
             finally:
                 self.prior.config = config
+        if self.text_tokenizer is not None:
+            self.text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
         self.save_index(folder)
 
     def save_index(self, folder: Path) -> None:
         """Writes model_index.json and the model card beside model folders that are already there."""
+        text = {} if self.text_tokenizer is None else {TEXT_TOKENIZER: [TEXT_TOKENIZER, TextTokenizer.__name__]}
         write_json_atomic(
             folder / INDEX_NAME,
             {
@@ -116,8 +151,10 @@ class Pipeline:
                 "_tessera_version": library_version(),
                 "tokenizer": ["tokenizer", type(self.tokenizer).__name__],
                 "prior": ["prior", type(self.prior).__name__] if self.has_stage_two else [None, None],
+                **text,
                 "id2label": {str(i): name for i, name in enumerate(self.class_names)},
                 "metrics": self.metrics,
+                "evaluations": self.evaluations,
             },
         )
         with atomic_file(folder / "README.md") as file:
@@ -146,68 +183,303 @@ class Pipeline:
         num_images: int | None = None,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         *,
+        prompts: str | Sequence[str] | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         guidance_scale: float = 1.0,
+        guidance_schedule: GuidanceSchedule = "constant",
         generator: Generators | None = None,
         output_type: str = "pil",
         batch_size: int = 64,
+        resample: Literal["all", "local"] = "all",
+        codes_callback: Callable[[Codes, Codes], None] | None = None,
+        return_log_prob: bool = False,
     ):
         """Draws images.
 
         Args:
-            num_images: default 1, or as many as there are class labels.
+            num_images: default 1, or as many as there are class labels or prompts.
             class_labels: a number or name for all images, or one per image; None draws them uniformly.
-            temperature, top_k, top_p, guidance_scale: see `Prior.sample`.
+            prompts: a caption for all images, or one per image, of a prior that is conditional on captions; None takes
+                the empty caption, which stands for none at all.
+            temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule: see `Prior.sample`.
             generator: one, or one per image; image i is then the same in a batch of any size.
             output_type: "pil" (list of images), "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "codes".
             batch_size: images computed at a time.
+            resample: "all", or "local" to draw codes once, for the first image, and for each image only the latents
+                that the decoder draws of its own: the same thing in other poses.
+            codes_callback: see `Prior.sample`; called for the images of one batch after another.
+            return_log_prob: whether to return a `SampleOutput`, with the exact log-probability of every draw.
         Raises:
             ValueError: an argument out of range, or an option that the prior cannot honour.
         """
         _check_output_type(output_type)
-        if hasattr(class_labels, "tolist"):  # tensors and arrays
-            class_labels = class_labels.tolist()
+        generators, labels = self._requested(num_images, class_labels, prompts, generator, batch_size)
+        self._check_resample(resample)
+        num_drawn = 1 if resample == "local" else len(generators)
+        codes, log_prob = draw_codes(
+            self,
+            None if labels is None else labels[:num_drawn],
+            generators[:num_drawn],
+            batch_size=batch_size,
+            codes_callback=codes_callback,
+            return_log_prob=return_log_prob,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+        )
+        if resample == "local":
+            codes = tuple(level.expand(len(generators), *level.shape[1:]) for level in codes)
+            log_prob = None if log_prob is None else log_prob.expand(len(generators))
+        images = codes
+        if output_type != "codes":
+            images = _output(decode_codes(self.tokenizer, codes, generators, batch_size=batch_size), output_type)
+        return SampleOutput(images, log_prob, self._classes(labels)) if return_log_prob else images
+
+    __call__ = sample
+
+    def complete(
+        self,
+        images,
+        mask,
+        *,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
+        num_candidates: int = 1,
+        ranking: Ranking = "log_prob",
+        keep_known_pixels: bool = False,
+        generator: Generators | None = None,
+        output_type: str = "pil",
+        batch_size: int = 64,
+        **options,
+    ) -> Completions:
+        """Fills a region of images: half of them, a hole, a scratch, or everything but some pixels.
+
+        The mask is rounded outwards to whole codes, coarse ones first (see `masks.code_masks`); what is under it is
+        never looked at. All priors here but the Boltzmann machine draw codes level by level in raster order, each given
+        those *before* it. Codes after the hole (to the right of it, below it, of finer levels) are known but have no
+        part in filling it: drawn so, a candidate need not fit what comes after. More candidates help:
+        ranking = "log_prob" puts those first whose codes, known and drawn, are the most probable together, and
+        ranking = "importance" orders them at random with weights proportional to the likelihood of the known codes
+        that come after. The first is then one draw by sampling-importance-resampling (Rubin 1988), whose distribution
+        tends to the exact p(unknown codes | known codes) as their number grows; where a single weight is near one, it
+        has not grown enough. The weights are those of the prior itself, whatever the sampling options.
+
+        Args:
+            images: B PIL images, or a tensor (B, C, H, W) in [0, 1].
+            mask: True, or white, where pixels are to be filled; see `masks.as_mask`.
+            class_labels, prompts: as in `sample`, for all images or one per image. Without labels each candidate draws
+                its own, so that the ranking also tells which class fits.
+            num_candidates: completions of each image, R.
+            ranking: "log_prob" or "importance"; the order of an image's candidates.
+            keep_known_pixels: whether pixels outside the mask are those of the images, exactly. By default they are
+                decoded, as all others are, which leaves no seam.
+            generator: one, or one per image.
+            output_type, batch_size: see `sample`.
+            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule of `Prior.sample`.
+        Returns:
+            `Completions`: images, candidate r of image i at i R + r, with their likelihoods.
+        Raises:
+            ValueError: an argument out of range, a tokenizer whose codes have no place in the image, or a prior that
+                cannot complete or cannot weigh.
+        """
+        _check_output_type(output_type)
+        check_candidates(num_candidates, ranking, batch_size)
+        check_geometry(self.tokenizer)
+        check_mask_sizes(mask, images)
+        pixels = self.prepare(images)
+        mask = as_mask(mask, len(pixels), self.tokenizer).to(pixels.device)
+        generators = candidate_generators(one_generator_each(len(pixels), generator), num_candidates)
+        labels = self._conditions(
+            _for_each_candidate(class_labels, len(pixels), num_candidates, "class labels"),
+            _for_each_candidate(prompts, len(pixels), num_candidates, "prompts"),
+            len(generators),
+            generators,
+        )
+        completions = complete(
+            self, pixels, mask, labels, generators, ranking=ranking, keep_known_pixels=keep_known_pixels,
+            batch_size=batch_size, **options,
+        )  # fmt: skip
+        images = completions.codes if output_type == "codes" else _output(completions.images, output_type)
+        return completions._replace(images=images)
+
+    def outpaint(
+        self,
+        images,
+        size: tuple[int, int],
+        *,
+        position: tuple[int, int] = (0, 0),
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        prompts: str | Sequence[str] | None = None,
+        num_candidates: int = 1,
+        stride: int | None = None,
+        keep_known_pixels: bool = False,
+        generator: Generators | None = None,
+        output_type: str = "pil",
+        batch_size: int = 64,
+        **options,
+    ):
+        """Continues images beyond their edges, onto a larger canvas.
+
+        The prior, which knows maps of one size, slides as a window over a larger map of codes, outwards from the image,
+        and fills what it does not know yet; overlaps are what a window continues. The whole map is then decoded as one
+        canvas. A prior in raster order continues to the right and downwards; to the left and upwards it fills without
+        looking at the image (see `complete`), unless num_candidates lets it choose.
+
+        Args:
+            images: B PIL images, or a tensor (B, C, H, W) in [0, 1].
+            size: (height, width) of the canvas in pixels, multiples of the coarsest codes' stride.
+            position: (top, left) of the images on the canvas, likewise.
+            class_labels, prompts: as in `sample`, for all images or one per image; each window has the image's.
+            num_candidates: fillings of each window, of which one is drawn with the importance weights of `complete`.
+            stride: pixels by which the window moves; default half the shorter side of an image.
+            keep_known_pixels: whether the images' own pixels are pasted into the canvas.
+            generator: one, or one per image.
+            output_type, batch_size: see `sample`; "codes" are those of the canvas.
+            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule of `Prior.sample`.
+        Returns:
+            B images of `size`, as output_type says.
+        Raises:
+            ValueError: an argument out of range, or a tokenizer that cannot decode a larger map.
+        """
+        _check_output_type(output_type)
+        check_candidates(num_candidates, "importance", batch_size)
+        stride = check_canvas(self.tokenizer, size, position, stride)
+        pixels = self.prepare(images)
+        generators = one_generator_each(len(pixels), generator)
+        labels = self._conditions(_as_list(class_labels), prompts, len(pixels), generators)
+        canvas, codes = outpaint(
+            self, pixels, labels, generators, size=tuple(size), position=tuple(position), stride=stride,
+            num_candidates=num_candidates, keep_known_pixels=keep_known_pixels, batch_size=batch_size, **options,
+        )  # fmt: skip
+        return codes if output_type == "codes" else _output(canvas, output_type)
+
+    def rejection_sample(
+        self,
+        num_images: int | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        *,
+        score: Score | None = None,
+        classifier: Score | None = None,
+        keep_fraction: float | None = None,
+        threshold: float | None = None,
+        max_draws: int = 100,
+        prompts: str | Sequence[str] | None = None,
+        generator: Generators | None = None,
+        output_type: str = "pil",
+        batch_size: int = 64,
+        **options,
+    ) -> Accepted:
+        """Draws more images than asked for and keeps the best: see `rejection.rejection_sample`.
+
+        Args:
+            num_images, class_labels, prompts: see `sample`.
+            score: images (B, C, H, W) in [0, 1] -> (B,) numbers, the larger the better.
+            classifier: in place of a score, images -> logits (B, num_classes) over the prior's classes; the score is
+                the probability of an image's own class (Razavi et al. 2019, arXiv:1906.00446, section 3.3).
+            keep_fraction: keep this fraction of all draws, the best of each class or prompt.
+            threshold: in place of a fraction, draw until the score reaches it.
+            max_draws: with a threshold, draws of each image before it is given up.
+            generator: one, or one per image.
+            output_type, batch_size: see `sample`.
+            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule of `Prior.sample`.
+        Returns:
+            `Accepted`: images, their scores, and the acceptance rate.
+        Raises:
+            ValueError: an argument out of range, a score that is not one number per image, or no image at all that
+                reaches the threshold.
+        """
+        _check_output_type(output_type)
+        if output_type == "codes":
+            raise ValueError("output_type 'codes' is for sampling")
+        generators, labels = self._requested(num_images, class_labels, prompts, generator, batch_size)
+        accepted = rejection_sample(
+            self, labels, generators, score=score, classifier=classifier, keep_fraction=keep_fraction,
+            threshold=threshold, max_draws=max_draws, batch_size=batch_size, **options,
+        )  # fmt: skip
+        return accepted._replace(images=_output(accepted.images, output_type))
+
+    @torch.no_grad()
+    def interpolate(self, first, second, num_images: int = 8, *, output_type: str = "pil"):
+        """Images between two: decoded from straight lines between the vectors that their codes stand for.
+
+        The ends are the two reconstructions. What lies between are mixtures that no codes stand for; the decoder was
+        trained on none of them, and fades more than it transforms. To draw in-between images from the prior, `complete`
+        one image with half of the other.
+
+        Args:
+            first, second: one image each, or as many of one as of the other.
+            num_images: of each line, ends included.
+        Returns:
+            num_images for each pair, pair by pair, as output_type says.
+        Raises:
+            ValueError: fewer than 2 images, unequal numbers, or codes that stand for no vectors.
+        """
+        _check_output_type(output_type)
+        first, second = self.encode(first), self.encode(second)
+        if num_images < 2 or len(first[0]) != len(second[0]):
+            raise ValueError(
+                "interpolation needs as many first images as second ones and num_images of at least 2, "
+                f"got {len(first[0])} and {len(second[0])} images and num_images = {num_images}"
+            )
+        weights = torch.linspace(0, 1, num_images, device=self.device, dtype=self.dtype)[None, :, None, None, None]
+        lines = [
+            torch.lerp(a[:, None], b[:, None], weights).flatten(0, 1)
+            for a, b in zip(self.tokenizer.embed(first), self.tokenizer.embed(second))
+        ]
+        return _output(self.tokenizer.decode_embedded(tuple(lines)), output_type)
+
+    def _check_resample(self, resample: str) -> None:
+        if resample not in ("all", "local"):
+            raise ValueError(f"unknown resample {resample!r}; choose from all, local")
+        if resample == "local" and not self.tokenizer.has_local_latents:
+            raise ValueError(
+                f"resample 'local' needs a decoder with latents of its own, which this {type(self.tokenizer).__name__} "
+                "does not have: equal codes would give equal images"
+            )
+
+    def _requested(self, num_images, class_labels, prompts, generator, batch_size: int):
+        """A generator per image and what the prior calls labels, for the arguments of `sample`."""
+        class_labels = _as_list(class_labels)
         if num_images is None:
-            several = isinstance(class_labels, Sequence) and not isinstance(class_labels, str)
-            num_images = len(class_labels) if several else 1
+            given = class_labels if prompts is None else prompts
+            several = isinstance(given, Sequence) and not isinstance(given, str)
+            num_images = len(given) if several else 1
         if not isinstance(num_images, Integral):
             raise ValueError(f"num_images must be an integer, got {num_images!r}; class labels are the second argument")
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
-        generators = ImageNoise(num_images, generator, torch.device("cpu")).generators
-        labels = self._labels(class_labels, num_images, generators)
-        batches = []
-        with tqdm(**{"total": num_images, "unit": "img", "desc": "sampling", **self._progress_bar_config}) as bar:
-            for start in range(0, num_images, batch_size):
-                part = slice(start, min(start + batch_size, num_images))
-                size = part.stop - part.start
+        generators = one_generator_each(num_images, generator)
+        return generators, self._conditions(class_labels, prompts, num_images, generators)
 
-                def advance(done: int, total: int, start=start, size=size):
-                    bar.n = start + size * done // total
-                    bar.refresh() if done == total else bar.update(0)
+    def prepare(self, images) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] on the pipeline's device: PIL images prepared as in training, or such a tensor.
 
-                codes = self.prior.sample(
-                    size,
-                    None if labels is None else labels[part],
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    guidance_scale=guidance_scale,
-                    generator=generators[part],
-                    callback=advance,
-                )
-                batches.append(codes if output_type == "codes" else (self.tokenizer.decode(codes, generators[part]),))
-        joined = tuple(torch.cat(parts) for parts in zip(*batches))
-        return joined if output_type == "codes" else _output(joined[0], output_type)
-
-    __call__ = sample
+        Raises:
+            ValueError: neither of them, another shape, or values out of range.
+        """
+        if isinstance(images, Image.Image):
+            images = [images]
+        if not isinstance(images, Tensor):
+            pictures = isinstance(images, Sequence) and all(isinstance(image, Image.Image) for image in images)
+            if not pictures or not images:
+                raise ValueError("images must be PIL images, or one tensor (batch, channels, height, width)")
+            preprocessing = self.tokenizer.config.preprocessing
+            images = torch.stack([preprocess_image(image, preprocessing) for image in images])
+        self.tokenizer.check_images(images)
+        if not images.is_floating_point() or not ((images >= 0) & (images <= 1)).all():
+            raise ValueError(f"image tensors must be floating-point in [0, 1], got {images.dtype} {_range(images)}")
+        return images.to(self.device)
 
     @torch.no_grad()
     def encode(self, images) -> Codes:
         """Codes of PIL images (prepared as in training), or of a (B, C, H, W) tensor in [0, 1]."""
-        return self.tokenizer.encode(self._images(images))
+        return self.tokenizer.encode(self.prepare(images).to(self.dtype))
 
     @torch.no_grad()
     def decode(self, codes: Codes, *, generator: Generators | None = None, output_type: str = "pil"):
@@ -243,7 +515,7 @@ class Pipeline:
 
     def set_progress_bar_config(self, **options) -> None:
         """Options of `tqdm`, e.g. disable=True."""
-        self._progress_bar_config = options
+        self.progress_bar_config = options
 
     def label_ids(self, labels: Sequence[int | str]) -> list[int]:
         """Class numbers of names (or numbers). Raises ValueError naming the known ones."""
@@ -253,6 +525,26 @@ class Pipeline:
             if not isinstance(label, (str, Integral)) or isinstance(label, bool):
                 raise ValueError(f"a class label is a number or a name, got {label!r}")
         return [self.class_names.index(label) if isinstance(label, str) else int(label) for label in labels]
+
+    def _conditions(self, class_labels, prompts, num_images: int, generators) -> Tensor | None:
+        """What the prior calls labels: class labels, or the token ids of prompts."""
+        if not self.prior.conditional_on_text:
+            if prompts is not None:
+                kind = "conditional on classes: give class_labels" if self.prior.num_classes else "unconditional"
+                raise ValueError(f"prompts are for a prior that is conditional on captions, but this one is {kind}")
+            return self._labels(class_labels, num_images, generators)
+        if class_labels is not None:
+            raise ValueError("this prior is conditional on captions: give prompts, not class_labels")
+        prompts = [prompts or ""] * num_images if prompts is None or isinstance(prompts, str) else list(prompts)
+        if len(prompts) != num_images:
+            raise ValueError(f"got {len(prompts)} prompts for {num_images} images: give one, or one each")
+        ids = self.text_tokenizer.encode_prompts(prompts)
+        if self.prior.config.class_dropout == 0 and (ids == PADDING).all(dim=1).any():
+            raise ValueError(
+                "this prior was trained without class dropout (class_dropout = 0) and does not know what to draw "
+                "without a caption; give a prompt for each image"
+            )
+        return ids
 
     def _labels(self, class_labels, num_images: int, generators: list[torch.Generator]) -> Tensor | None:
         if class_labels is None:
@@ -266,19 +558,24 @@ class Pipeline:
             raise ValueError(f"got {len(class_labels)} class labels for {num_images} images: give one, or one each")
         return torch.tensor(self.label_ids(class_labels))
 
-    def _images(self, images) -> Tensor:
-        if isinstance(images, Image.Image):
-            images = [images]
-        if not isinstance(images, Tensor):
-            pictures = isinstance(images, Sequence) and all(isinstance(image, Image.Image) for image in images)
-            if not pictures or not images:
-                raise ValueError("images must be PIL images, or one tensor (batch, channels, height, width)")
-            preprocessing = self.tokenizer.config.preprocessing
-            images = torch.stack([preprocess_image(image, preprocessing) for image in images])
-        self.tokenizer.check_images(images)
-        if not images.is_floating_point() or not ((images >= 0) & (images <= 1)).all():
-            raise ValueError(f"image tensors must be floating-point in [0, 1], got {images.dtype} {_range(images)}")
-        return images.to(self.device, self.dtype)
+    def _classes(self, labels: Tensor | None) -> Tensor | None:
+        """The class labels among what the prior calls labels."""
+        return None if self.prior.conditional_on_text else labels
+
+
+def _as_list(values):
+    """Tensors and arrays as lists or numbers."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _for_each_candidate(values, num_images: int, num_candidates: int, what: str):
+    """Labels or prompts of each image, repeated for its candidates."""
+    values = _as_list(values)
+    if values is None or isinstance(values, (str, Number)):
+        return values
+    if len(values) != num_images:
+        raise ValueError(f"got {len(values)} {what} for {num_images} images: give one, or one each")
+    return [value for value in values for _ in range(num_candidates)]
 
 
 def _range(images: Tensor) -> str:
@@ -298,6 +595,21 @@ def check_belongs(prior: Prior, tokenizer: Tokenizer) -> None:
         )
     if prior.spec != tokenizer.spec:
         raise ValueError(f"the prior's code space {prior.spec} is not the tokenizer's, {tokenizer.spec}")
+
+
+def check_text_tokenizer(prior: Prior, text_tokenizer: TextTokenizer | None) -> None:
+    """Raises ValueError, with both fingerprints, unless the captions of `prior` were tokenized by `text_tokenizer`."""
+    expected = prior.config.text_tokenizer_fingerprint
+    if not prior.conditional_on_text:
+        if text_tokenizer is not None:
+            raise ValueError("this prior is not conditional on captions: it has no use for a text tokenizer")
+    elif text_tokenizer is None:
+        raise ValueError(f"this prior is conditional on captions: give their text tokenizer, of fingerprint {expected}")
+    elif text_tokenizer.fingerprint != expected:
+        raise ValueError(
+            f"this prior was trained on captions of text tokenizer {expected or '(none recorded)'}, but the one given "
+            f"has fingerprint {text_tokenizer.fingerprint}; token ids mean other words there. Take the one it came from"
+        )
 
 
 def check_codes_belong(tokenizer: Tokenizer, *data_sets) -> None:
@@ -325,13 +637,25 @@ def save_stage_one(folder: Path, tokenizer: Tokenizer, class_names: Sequence[str
     Pipeline(tokenizer, class_names=class_names, metrics=measured).save_index(folder)
 
 
-def save_stage_two(folder: Path, tokenizer: Tokenizer, prior: Prior, class_names: Sequence[str], metrics: dict) -> None:
+def save_stage_two(
+    folder: Path,
+    tokenizer: Tokenizer,
+    prior: Prior,
+    class_names: Sequence[str],
+    metrics: dict,
+    text_tokenizer: TextTokenizer | None = None,
+) -> None:
     """Enters a trained prior into the index of a run folder, with what was measured of it."""
-    known = _read_index(folder)["metrics"] if (folder / INDEX_NAME).is_file() else {}
+    index = _read_index(folder) if (folder / INDEX_NAME).is_file() else {"metrics": {}, "evaluations": {}}
+    known, evaluations = index["metrics"], index["evaluations"]
     measured = _named("prior", metrics)
     if not measured.items() <= known.items():  # numbers of the pipeline with another prior are no longer true
         known = {name: value for name, value in known.items() if name.startswith("validation tokenizer ")}
-    pipeline = Pipeline(tokenizer, prior, class_names=class_names, metrics={**known, **measured})
+        evaluations = {}
+    pipeline = Pipeline(
+        tokenizer, prior, class_names=class_names, metrics={**known, **measured}, evaluations=evaluations,
+        text_tokenizer=text_tokenizer,
+    )  # fmt: skip
     pipeline.save_index(folder)
 
 
@@ -352,7 +676,8 @@ def _read_index(folder: Path) -> dict:
     index = read_json(folder / INDEX_NAME)
     if index.get("_class_name") != Pipeline.__name__:
         raise ValueError(f"{folder / INDEX_NAME} describes a {index.get('_class_name')!r}, not a {Pipeline.__name__}")
-    expected = {"tokenizer": list, "prior": list, "id2label": dict, "metrics": dict}
+    index.setdefault("evaluations", {})  # pipelines saved before there were any
+    expected = {"tokenizer": list, "prior": list, "id2label": dict, "metrics": dict, "evaluations": dict}
     for key, kind in expected.items():
         if not isinstance(index.get(key), kind):
             raise ValueError(f"{folder / INDEX_NAME}: '{key}' must be a {kind.__name__}, got {index.get(key)!r}")

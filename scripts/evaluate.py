@@ -1,8 +1,13 @@
-"""Measures a pipeline on held-out images: reconstruction, codebook use, and a bound on log p(x) in nats and bits/dim.
+"""Measures a pipeline: a bound on log p(x) in nats and bits/dim, reconstructions, samples, codebook, memorisation.
 
-    python scripts/evaluate.py --run runs/digits-vqvae --split test
+    python scripts/evaluate.py --run runs/digits-vqvae
+    python scripts/evaluate.py --num_draws 100 --num_samples 10000 --ood noise
+    python scripts/evaluate.py --metrics '[likelihood]' --json true
+    python scripts/evaluate.py --inception_weights download --lpips_weights download
 
-The numbers go to RUN/evaluation.json and into the model card.
+The numbers go to RUN/evaluation.json, each with the protocol that it was measured by, and into the model card; pictures
+go to RUN/evaluation/. Without the weights of Inception, FID is measured in the feature space of a small classifier that
+is trained on the data set itself, and called fid_classifier.
 """
 
 import json
@@ -12,9 +17,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipelines.config import parse, peek
-from pipelines.evaluation import evaluate_pipeline, format_table
+from pipelines.evaluation import NEED_TRAINING_IMAGES, evaluate
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
+from pipelines.images import Split as ImageSplit
+from pipelines.report import format_summary, record
 from pipelines.runs import (
     choose_device,
     find_run,
@@ -28,18 +35,34 @@ from pipelines.two_stage import INDEX_NAME, Pipeline
 
 @dataclass
 class Options:
-    """What is measured.
+    """What is measured, and how.
 
     Args:
         run: run folder; default the newest pipeline under runs/.
         split: which images.
+        metrics: groups to measure, of likelihood, reconstruction, codebook, samples, memorisation; default all.
+        num_draws: draws of codes per image for the bound, where the encoder is stochastic.
+        num_samples: samples drawn for samples and memorisation.
+        ood: other data sets to tell from this one by log p(x): noise, a torchvision name (in data.root), or a folder.
+        inception_weights: safetensors file for FID, or download.
+        lpips_weights: safetensors file of AlexNet for LPIPS, or download.
+        cache: folder where reference statistics and classifiers are kept.
+        seed: of draws, samples and the classifier.
         batch_size: images computed at a time.
         device: where to compute; default an accelerator if there is one.
         json: print JSON in place of a table.
     """
 
     run: str | None = None
-    split: Literal["train", "validation", "test"] = "test"
+    split: ImageSplit = "test"
+    metrics: list[Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation"]] | None = None
+    num_draws: int = 1
+    num_samples: int = 1000
+    ood: list[str] | None = None
+    inception_weights: str | None = None
+    lpips_weights: str | None = None
+    cache: str = "runs/.evaluation_cache"
+    seed: int = 0
     batch_size: int = 128
     device: str | None = None
     json: bool = False
@@ -54,14 +77,42 @@ def main() -> None:
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     run = find_run(config["run"], INDEX_NAME)
     pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
+    pipeline.set_progress_bar_config(disable=None)
     images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), config["split"])
+    train_images = None
+    if config["metrics"] is None or set(config["metrics"]) & set(NEED_TRAINING_IMAGES):
+        train_images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), "train")
+    options = (
+        "metrics",
+        "num_draws",
+        "num_samples",
+        "batch_size",
+        "seed",
+        "inception_weights",
+        "lpips_weights",
+        "cache",
+    )
 
-    metrics = evaluate_pipeline(pipeline, images, batch_size=config["batch_size"])
-    result = {"command": shlex.join(sys.argv), "data": images.identity, "metrics": metrics}
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        **evaluate(
+            pipeline,
+            images,
+            train_images,
+            ood=config["ood"] or (),
+            folder=run / "evaluation",
+            **{name: config[name] for name in options},
+        ),
+    }
     write_json_atomic(run / "evaluation.json", result)
-    pipeline.metrics |= {f"{config['split']} {name}": value for name, value in metrics.items()}
+    record(pipeline, config["split"], result)
     pipeline.save_index(run)
-    print(json.dumps(result) if config["json"] else format_table(metrics))
+    if config["json"]:
+        print(json.dumps(result))
+    else:
+        print(format_summary(result))
+        for name in result["pictures"].values():
+            print(f"picture: {run / 'evaluation' / name}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,27 @@
-"""Draws images from a saved pipeline and writes them as one PNG.
+"""Draws images from a saved pipeline and writes them as one PNG, and as a GIF of their codes arriving if asked.
 
 python scripts/sample.py --run runs/digits-vqvae --num_images 64 --temperature 0.9
 python scripts/sample.py --run user/name --class_labels '[3, 7]' --output three_and_seven.png
+python scripts/sample.py --run runs/scenes-vqvae --prompts "a three left of a seven" --guidance_scale 2
+python scripts/sample.py --class_grid true --guidance_scale 3 --guidance_schedule linear --min_p 0.05
+python scripts/sample.py --num_images 16 --columns 4 --animation codes.gif
+accelerate launch scripts/sample.py --num_images 1024 --columns 32
+
+Several processes share the images; image i is the same on any number of them.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
-
+from pipelines.animation import CodeRecording, save_animation
 from pipelines.config import parse
-from pipelines.pictures import check_picture, save_grid
-from pipelines.runs import choose_device, find_run, refuse_several_processes, run_script
+from pipelines.pictures import check_picture, class_columns, save_grid
+from pipelines.runs import find_run, run_script
+from pipelines.shards import Shards
 from pipelines.two_stage import INDEX_NAME, Pipeline
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")
 
 
 @dataclass
@@ -21,51 +30,84 @@ class Options:
 
     Args:
         run: run folder, pipeline folder or hub id; default the newest pipeline under runs/.
-        num_images: number of images; default 64, or as many as class labels are listed.
+        num_images: number of images; default 64, or as many as class labels or prompts are listed.
         class_labels: class number or name for all images, or a list of them, one per image; default drawn uniformly.
+        prompts: caption for all images, or a list of them, one per image, where the prior is conditional on captions.
         temperature: divides the logits; 0 takes the most probable code each time.
         top_k: keep only the k most probable codes.
         top_p: keep the smallest set of codes whose probability reaches p.
+        min_p: keep the codes at least min_p times as probable as the most probable one.
         guidance_scale: classifier-free guidance; 1 is off.
+        guidance_schedule: constant; linear, growing from 1 over the sequence of codes; or [start, end], fractions of
+            the sequence between which the scale is not 1.
         seed: seed of the samples.
         batch_size: images computed at a time.
         columns: images in a row of the picture.
+        class_grid: a column for each class (those listed, or all) with its name above; num_images is then that of each
+            class, default 8.
         output: the picture.
+        animation: a GIF of the images' codes arriving; needs a batch_size of at least num_images.
         device: where to compute; default an accelerator if there is one.
     """
 
     run: str | None = None
     num_images: int | None = None
     class_labels: list[int | str] | int | str | None = None
+    prompts: list[str] | str | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     guidance_scale: float = 1.0
+    guidance_schedule: Literal["constant", "linear"] | tuple[float, float] = "constant"
     seed: int = 0
     batch_size: int = 64
     columns: int = 8
+    class_grid: bool = False
     output: str = "samples.png"
+    animation: str | None = None
     device: str | None = None
 
 
 def main() -> None:
-    refuse_several_processes()
     config = parse(__doc__, {}, Options)
-    output = Path(config["output"])
-    check_picture(output, config["columns"])
+    output, columns, names = Path(config["output"]), config["columns"], []
+    check_picture(output, columns)
+    if config["animation"] is not None:
+        check_picture(Path(config["animation"]), suffix=".gif")
+    shards = Shards(config["device"])
     run = config["run"] or find_run(None, INDEX_NAME)
-    pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
-    pipeline.set_progress_bar_config(disable=None)  # in a terminal only
-    listed = isinstance(config["class_labels"], list)
-    num_images = 64 if config["num_images"] is None and not listed else config["num_images"]
+    pipeline = Pipeline.from_pretrained(run, device=shards.device)
+    pipeline.set_progress_bar_config(disable=None if shards.is_first else True)  # in a terminal only
+
+    num_images, labels, prompts = config["num_images"], config["class_labels"], config["prompts"]
+    if config["class_grid"]:
+        labels, names = class_columns(pipeline, labels, rows=8 if num_images is None else num_images)
+        columns, num_images = len(names), len(labels)
+    listed = labels if prompts is None else prompts
+    if num_images is None:
+        num_images = len(listed) if isinstance(listed, list) else 64
+    if config["animation"] is not None and (shards.num_processes > 1 or num_images > config["batch_size"]):
+        raise ValueError("an animation shows one batch of one process; raise batch_size or lower num_images")
+    recording = None if config["animation"] is None else CodeRecording(pipeline.prior.spec)
+
+    share = shards.share(num_images)
+    labels, prompts = ([x[i] for i in share] if isinstance(x, list) and len(x) == num_images else x
+                       for x in (labels, prompts))  # fmt: skip
     images = pipeline.sample(
-        num_images,
-        config["class_labels"],
-        **{name: config[name] for name in ("temperature", "top_k", "top_p", "guidance_scale", "batch_size")},
-        generator=torch.Generator().manual_seed(config["seed"]),
+        len(share),
+        labels,
+        prompts=prompts,
+        **{name: config[name] for name in SAMPLING},
+        generator=shards.generators(num_images, config["seed"]),
         output_type="pt",
+        codes_callback=recording,
     )
-    print(save_grid(images, output, columns=config["columns"]))
+    images = shards.gather(images, num_images)
+    if shards.is_first:
+        print(save_grid(images, output, columns=columns, column_names=names))
+        if recording is not None:
+            print(save_animation(recording, pipeline.tokenizer, Path(config["animation"]), columns=columns))
 
 
 if __name__ == "__main__":

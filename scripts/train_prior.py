@@ -17,15 +17,16 @@ from pipelines.codes import CodeDataset
 from pipelines.config import Polymorphic, parse, peek
 from pipelines.files import read_json
 from pipelines.launch import make_accelerator
-from pipelines.objectives import PriorLoss
+from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples
-from pipelines.runs import adopt_data_section, digits_recipe, find_run, run_script, save_config
+from pipelines.runs import CODES, adopt_data_section, digits_recipe, find_codes, run_script, save_config
+from pipelines.text import TextConfig, TextTokenizer
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
-from pipelines.two_stage import check_codes_belong, save_stage_two
+from pipelines.two_stage import TEXT_TOKENIZER, check_codes_belong, save_stage_two
 from prior import PRIORS
 
 DIGITS_RECIPE = Path(__file__).parent / "configs" / "digits_gpt.yaml"
-CODES = "codes/train/spec.json"
+COLUMNS = 8  # captions that pictures are drawn of
 
 
 @dataclass
@@ -36,20 +37,23 @@ class Options:
     run: run folder of stage one; default the newest under runs/ that has codes.
     output: folder for the prior; default that of stage one. Another one receives a copy of the tokenizer.
     class_conditional: condition the prior on the class labels, where the codes have them.
+    text_conditional: condition the prior on the captions, in place of labels, where the codes have them.
     """
 
     run: str | None = None
     output: str | None = None
     class_conditional: bool = True
+    text_conditional: bool = True
 
 
 def recipe() -> dict:
-    return digits_recipe(DIGITS_RECIPE, read_json(find_run(peek("run"), CODES) / CODES)["dataset"]["name"])
+    return digits_recipe(DIGITS_RECIPE, read_json(find_codes(peek("run")) / CODES)["dataset"]["name"])
 
 
 def main() -> None:
-    config = parse(__doc__, {"prior": Polymorphic(PRIORS, "gpt"), "training": TrainingConfig}, Options, defaults=recipe)
-    run = find_run(config["run"], CODES)
+    sections = {"prior": Polymorphic(PRIORS, "gpt"), "text": TextConfig, "training": TrainingConfig}
+    config = parse(__doc__, sections, Options, defaults=recipe)
+    run = find_codes(config["run"])
     folder = Path(config["output"] or run)
     training = TrainingConfig(**config["training"])
     accelerator = make_accelerator(training, folder / "stage_two")
@@ -59,15 +63,32 @@ def main() -> None:
     tokenizer = load_tokenizer(run / "tokenizer").to(accelerator.device)
     check_codes_belong(tokenizer, train_codes, validation_codes)
 
+    # Captions, where the prior is to be conditional on them
+    text_tokenizer, captions, condition = None, None, {}
+    if config["text_conditional"] and train_codes.has_captions:
+        text_tokenizer = TextTokenizer.train(
+            train_codes.captions, TextConfig(**config["text"]), others=validation_codes.captions or ()
+        )
+        num_cut = sum(codes.tokenize_captions(text_tokenizer) for codes in (train_codes, validation_codes))
+        captions, _ = text_tokenizer.encode(validation_codes.captions[:COLUMNS])
+        condition = {
+            "text_vocab_size": text_tokenizer.vocab_size,
+            "max_text_length": text_tokenizer.max_length,
+            "text_tokenizer_fingerprint": text_tokenizer.fingerprint,
+        }
+        accelerator.print(
+            f"captions of up to {text_tokenizer.max_length} tokens, {text_tokenizer.vocab_size} token ids"
+            + (f"; {num_cut} captions are longer, their ends are cut off" if num_cut else "")
+        )
+        accelerator.print(f"columns of pictures: {' | '.join(text_tokenizer.decode(captions))}")
+    elif config["class_conditional"]:
+        condition = {"num_classes": train_codes.num_classes}
+
     # Model
     torch.manual_seed(training.seed)
-    implied = {
-        "spec": train_codes.spec,
-        "num_classes": train_codes.num_classes if config["class_conditional"] else 0,
-        "tokenizer_fingerprint": train_codes.fingerprint,
-    }
+    implied = {"spec": train_codes.spec, "tokenizer_fingerprint": train_codes.fingerprint, **condition}
     prior = build_prior({**config["prior"], **implied})
-    objective = PriorLoss(prior)
+    objective = PriorLoss(prior, unigram_nll=unigram_nats_per_code(train_codes, validation_codes))
     accelerator.print(describe(accelerator, prior, train_codes, validation_codes))
 
     # Training
@@ -78,9 +99,17 @@ def main() -> None:
         validation_codes,
         folder=folder / "stage_two",
         config=training,
-        resolved={**config, "run": None, "output": None, "codes": train_codes.fingerprint},
+        resolved={
+            **config,
+            "run": None,
+            "output": None,
+            "codes": train_codes.fingerprint,
+            "captions": text_tokenizer and text_tokenizer.fingerprint,
+        },
         on_start=lambda: save_config(folder / "stage_two" / "config.yaml", config),
-        on_evaluate=lambda step, model: save_samples(model, tokenizer, folder / f"stage_two/samples/{step:07d}.png"),
+        on_evaluate=lambda step, model: save_samples(
+            model, tokenizer, folder / f"stage_two/samples/{step:07d}.png", captions=captions
+        ),
     )
 
     # Model folder
@@ -91,8 +120,10 @@ def main() -> None:
             save_model(tokenizer, folder / "tokenizer")
             adopt_data_section(run, folder)
         save_model(prior, folder / "prior")
-        save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics)
-        save_samples(prior, tokenizer, folder / "samples.png")
+        if text_tokenizer is not None:
+            text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
+        save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics, text_tokenizer)
+        save_samples(prior, tokenizer, folder / "samples.png", captions=captions)
     accelerator.print(f"the pipeline is in {folder}; next: python scripts/evaluate.py --run {folder}")
 
 

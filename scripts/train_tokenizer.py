@@ -8,7 +8,7 @@ command run again continues where it stopped. The run folder receives tokenizer/
 stage_one/ (log, pictures, states).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ from pipelines.config import Polymorphic, parse, peek
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
-from pipelines.pictures import save_reconstructions
+from pipelines.pictures import save_reconstructions, save_samples
 from pipelines.runs import RUNS, digits_recipe, run_script, save_config, say_skipped
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import save_stage_one
+from prior.uniform import Uniform
 from tokenizer import TOKENIZERS
 
 DIGITS_RECIPE = Path(__file__).parent / "configs" / "digits_vqvae.yaml"
@@ -55,6 +56,8 @@ def main() -> None:
     # Model
     torch.manual_seed(training.seed)
     implied = {"image_shape": train_images.image_shape, "preprocessing": train_images.preprocessing}
+    if "num_classes" in {field.name for field in fields(TOKENIZERS[config["tokenizer"]["type"]].Config)}:
+        implied["num_classes"] = train_images.num_classes
     tokenizer = build_tokenizer({**config["tokenizer"], **implied})
     objective = TokenizerLoss(tokenizer)
     accelerator.print(describe(accelerator, tokenizer, train_images, validation_images))
@@ -81,6 +84,14 @@ def main() -> None:
         save_model(tokenizer, folder / "tokenizer")
         save_stage_one(folder, tokenizer, train_images.class_names, result.metrics)
         save_reconstructions(tokenizer, validation_images, folder / "reconstructions.png")
+        if not isinstance(tokenizer.prior, Uniform):
+            save_samples(tokenizer.prior, tokenizer, folder / "samples.png")
+    if not tokenizer.spec.is_discrete:
+        accelerator.print(
+            f"the pipeline is in {folder}; its codes are real numbers, which are not stored: there is no stage two, "
+            "and its prior is the one learned here"
+        )
+        return
     for split, images in {"train": train_images, "validation": validation_images}.items():
         write_codes(
             folder / "codes" / split,

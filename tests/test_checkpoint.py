@@ -55,8 +55,12 @@ def make(kind: str, name: str, **options):
     if kind == "tokenizer":
         model = build_tokenizer({"type": name, **tiny.TOKENIZERS[name], **options})
     else:
-        spec = tiny.SPECS["levels"]
-        model = build_prior({"type": name, **tiny.PRIORS[name], "spec": spec, "num_classes": 2, **options})
+        codes = {"spec": tiny.SPECS["levels"], "num_classes": 2}
+        if name in tiny.BIT_PRIORS:
+            codes = {"spec": tiny.SPECS["powers"], "num_classes": 0}
+        if name in tiny.REAL_PRIORS:
+            codes = {"spec": tiny.REAL_SPECS["levels"], "num_classes": 0}
+        model = build_prior({"type": name, **tiny.PRIORS[name], **codes, **options})
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():

@@ -31,13 +31,15 @@ from prior.base import CodeSpec
 class PatchTokenizer(nn.Module):
     """Two levels: how bright each 4x4 patch is (300 values), and which quarter of the image is the brightest (4)."""
 
+    is_stochastic = False
+
     def __init__(self):
         super().__init__()
         self.spec = CodeSpec(((2, 2), (1,)), (300, 4))
         self.scale = nn.Parameter(torch.tensor(299.0))
         self.modes = []
 
-    def encode(self, images):
+    def encode(self, images, sample=False):
         self.modes.append((self.training, torch.is_inference_mode_enabled()))
         means = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 4)[:, 0]
         return (means * self.scale).long(), means.flatten(1).argmax(1, keepdim=True)
@@ -84,8 +86,9 @@ def test_vocabulary_that_cannot_be_stored_is_refused(vocab_size):
 def test_largest_code_survives_the_store(tmp_path, vocab_size):
     class Largest(nn.Module):
         spec = CodeSpec(((2,),), (vocab_size,))
+        is_stochastic = False
 
-        def encode(self, images):
+        def encode(self, images, sample=False):
             return (torch.tensor([[0, vocab_size - 1]]).expand(len(images), 2),)
 
     store = dump(tmp_path / "codes", digits(3), Largest())
@@ -149,7 +152,7 @@ import test_codes
 from pathlib import Path
 
 class Killed(test_codes.PatchTokenizer):
-    def encode(self, images):
+    def encode(self, images, sample=False):
         if len(self.modes) == int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(images)
@@ -174,7 +177,7 @@ def test_killed_dump_keeps_its_parts_and_ends_with_the_same_bytes(tmp_path):
 
 
 class Interrupted(PatchTokenizer):
-    def encode(self, images):
+    def encode(self, images, sample=False):
         if len(self.modes) == 7:
             raise KeyboardInterrupt
         return super().encode(images)
@@ -302,7 +305,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path):
 @pytest.mark.parametrize("value", [300, -1, -100, 65536])
 def test_code_out_of_range_is_refused_before_the_cast(tmp_path, value):
     class Wrong(PatchTokenizer):
-        def encode(self, images):
+        def encode(self, images, sample=False):
             maps, quarters = super().encode(images)
             maps[0, 0, 0] = value
             return maps, quarters
@@ -613,3 +616,23 @@ def test_full_disk_is_reported_with_the_path(tmp_path):
         open("/dev/full", "wb", buffering=0) as file,
     ):
         file.write(b"1")
+
+
+def test_codes_of_a_stochastic_encoder_are_draws_that_the_row_decides(tmp_path):
+    class Noisy(PatchTokenizer):
+        is_stochastic = True
+
+        def encode(self, images, sample=False):
+            assert sample
+            quarter = torch.randint(4, (len(images), 1))
+            return super().encode(images)[0], quarter
+
+    state = torch.get_rng_state()
+    first = dump(tmp_path / "a", tokenizer=Noisy())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    again = dump(tmp_path / "b", tokenizer=Noisy())
+    codes = first.__getitems__(range(33))["codes"]
+    assert all(torch.equal(a, b) for a, b in zip(codes, again.__getitems__(range(33))["codes"]))
+    assert len(codes[1].unique()) == 4
+    assert not torch.equal(codes[1][:4], codes[1][4:8])

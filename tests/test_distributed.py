@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ROOT = WORKER.parents[1]
 MODELS = ["vqvae-ema_vq", "vqvae2", "gpt"]
+SAMPLING = ["dvaepp", "rbm"]  # with chains of their own on each process
 
 
 def run_worker(folder: Path, num_processes: int, *arguments: str) -> subprocess.CompletedProcess:
@@ -32,7 +33,7 @@ def runs(tmp_path_factory):
     """Folder of the runs of all models on one and on two processes."""
     folder = tmp_path_factory.mktemp("runs")
     for num_processes in (1, 2):
-        done = run_worker(folder / str(num_processes), num_processes, *MODELS)
+        done = run_worker(folder / str(num_processes), num_processes, *MODELS, *SAMPLING)
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -42,6 +43,25 @@ def test_two_processes_end_with_equal_weights_and_codebooks(runs, model):
     first, second = (load_file(runs / "2" / f"{model}-process{rank}.safetensors") for rank in (0, 1))
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("model", SAMPLING)
+def test_two_processes_end_with_equal_weights_and_chains_of_their_own(runs, model):
+    first, second = (load_file(runs / "2" / f"{model}-process{rank}.safetensors") for rank in (0, 1))
+    chains = {name for name in first if name.endswith("chains")}
+    assert len(chains) == 1
+    assert {name for name in first if not torch.equal(first[name], second[name])} == chains
+
+
+@pytest.mark.parametrize("model", SAMPLING)
+def test_each_process_goes_on_with_its_own_chains(runs, model, tmp_path):
+    for steps in ("3", "6"):  # the second call continues the first
+        done = run_worker(tmp_path, 2, model, "--total_steps", steps)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        name = f"{model}-process{rank}.safetensors"
+        parts, whole = load_file(tmp_path / name), load_file(runs / "2" / name)
+        assert [key for key in whole if not torch.equal(parts[key], whole[key])] == []
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -106,6 +106,18 @@ def test_items_batches_and_workers_give_the_same_pixels(options, cache_bytes):
     assert torch.equal(second, expected.flip(0))
 
 
+@pytest.mark.parametrize("options", [{"binarize": "stochastic"}, AUGMENTED, {"horizontal_flip": True}])
+@pytest.mark.parametrize("cache_bytes", [1 << 20, 0])
+def test_a_training_batch_is_its_items(options, cache_bytes):
+    dataset = load_images(DataConfig(max_images=20, cache_bytes=cache_bytes, **options), "train")
+    keys = [(3, 0), (3, 1), (17, 0), (0, 1 << 20), (3, 0)]
+    expected = dataset.collate([dataset[key] for key in keys])
+    batch = dataset.__getitems__(keys)
+    assert torch.equal(batch["image"], expected["image"])
+    assert torch.equal(batch["label"], expected["label"])
+    assert batch["image"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("options", [{"crop_padding": 2}, {"horizontal_flip": True}, {"binarize": "stochastic"}])
 def test_epochs_and_seeds_differ_and_the_deterministic_view_does_not(options):
     dataset = load_images(DataConfig(**options), "train")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.evaluation import format_table
 from pipelines.metrics import CodeCounts, bits_per_dim, codebook_usage, perplexity, psnr
+from pipelines.report import format_table
 from tests import tiny
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=20)
@@ -79,3 +79,7 @@ def test_one_bit_per_dim_is_log_two_nats_for_each():
 
 def test_a_table_has_a_line_for_each_number():
     assert format_table({"psnr": 20.123456, "num_images": 3}) == "psnr        20.123\nnum_images  3"
+
+
+def test_a_spread_stands_behind_its_value():
+    assert format_table({"nats": 2.0, "nats_se": 0.123, "n_std": 1.0}) == "nats   2 ± 0.12\nn_std  1"

@@ -13,19 +13,29 @@ import torch
 from PIL import Image
 
 from pipelines import Pipeline
+from pipelines.animation import CodeRecording, partial_images, save_animation
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, save_model
-from pipelines.pictures import save_grid, save_reconstructions, save_samples, side_by_side
+from pipelines.pictures import (
+    check_picture,
+    class_columns,
+    grid_picture,
+    save_grid,
+    save_reconstructions,
+    save_samples,
+    side_by_side,
+)
 from pipelines.two_stage import save_stage_one, save_stage_two
 from prior import PRIORS
 from tests import tiny
-from tokenizer import TOKENIZERS
+from tokenizer import TOKENIZERS, Tokenizer
 
 PREPROCESSING = {"image_size": [8, 8], "channels": 3, "resize_filter": "bicubic", "crop": "center", "binarize": "none"}
 NAMES = ["cat", "dog", "owl"]
 
 
 def make_tokenizer(name: str = "vqvae", **options):
-    return build_tokenizer({"type": name, **tiny.TOKENIZERS[name], "preprocessing": PREPROCESSING, **options})
+    fields = {**tiny.TOKENIZERS[name], "likelihood": {"type": "normal"}, "preprocessing": PREPROCESSING}
+    return build_tokenizer({"type": name, **fields, **options})
 
 
 def make_prior(name: str, tokenizer, num_classes: int = 0):
@@ -38,7 +48,11 @@ def make_prior(name: str, tokenizer, num_classes: int = 0):
 
 
 def make(tokenizer: str = "vqvae", prior: str | None = "gpt", num_classes: int = 0, **options) -> Pipeline:
+    if prior in tiny.BIT_PRIORS:
+        options = {**tiny.POWERS_OF_TWO.get(tokenizer, {}), **options}
     tokenizer = make_tokenizer(tokenizer, **options)
+    if prior and not tiny.takes(prior, tokenizer.spec, num_classes):
+        pytest.skip(f"{prior} is not made for these codes")
     prior = prior and make_prior(prior, tokenizer, num_classes)
     pipeline = Pipeline(tokenizer, prior, class_names=NAMES[:num_classes])
     pipeline.set_progress_bar_config(disable=True)
@@ -81,7 +95,7 @@ def test_it_samples_the_same_after_saving_and_loading(tokenizer, prior, num_clas
 
 @pytest.mark.parametrize("prior", [None, *sorted(PRIORS)])
 def test_an_image_depends_on_its_own_generator_alone(prior):
-    pipeline = make("vqvae2", prior, 3 if prior else 0)
+    pipeline = make("vqvae2", prior, 3 if prior and prior not in tiny.BIT_PRIORS else 0)
     together = pipeline.sample(5, generator=seeds(0, 1, 2, 3, 4), output_type="codes")
     in_batches = pipeline.sample(5, generator=seeds(0, 1, 2, 3, 4), output_type="codes", batch_size=2)
     alone = pipeline.sample(generator=seeds(3), output_type="codes")
@@ -90,6 +104,17 @@ def test_an_image_depends_on_its_own_generator_alone(prior):
         assert torch.equal(alone[level], codes[3:4])
     with pytest.raises(ValueError, match="got 2 generators for 3 images"):
         pipeline.sample(3, generator=seeds(0, 1))
+
+
+def test_a_decoder_with_latents_of_its_own_draws_them_from_the_images_generator():
+    pipeline = make("dvaepp", None, network={"type": "conv", **tiny.LATENT_NETWORKS["conv"]})
+    assert pipeline.tokenizer.has_local_latents
+    together = pipeline.sample(5, generator=seeds(0, 1, 2, 3, 4), output_type="pt")
+    in_batches = pipeline.sample(5, generator=seeds(0, 1, 2, 3, 4), output_type="pt", batch_size=2)
+    torch.testing.assert_close(in_batches, together)
+    codes = pipeline.sample(5, generator=seeds(0, 1, 2, 3, 4), output_type="codes")
+    others = pipeline.decode(codes, generator=seeds(5, 6, 7, 8, 9), output_type="pt")
+    assert (others - together).abs().max() > 1e-3
 
 
 def test_one_generator_gives_the_same_images_whatever_the_batch_size():
@@ -187,7 +212,7 @@ def test_labels_for_an_unconditional_prior_and_impossible_numbers_are_refused():
         ({"generator": 3}, "generator must be a torch.Generator or a list of them, got 3"),
         ({"batch_size": 0}, "num_images and batch_size must be at least 1"),
         ({"temperature": -1}, "temperature must be finite and at least 0"),
-        ({"guidance_scale": 2.0}, "needs a class-conditional prior"),
+        ({"guidance_scale": 2.0}, "needs a prior that is conditional on classes or captions"),
     ]:
         with pytest.raises(ValueError, match=message):
             pipeline.sample(**arguments)
@@ -201,6 +226,37 @@ def test_sampling_options_reach_the_prior():
     assert torch.equal(pipeline.sample(4, 1, top_p=1e-6, output_type="codes")[0], greedy[0])
     free, guided = (pipeline.sample(16, 1, guidance_scale=s, generator=seed(), output_type="codes") for s in (1.0, 9.0))
     assert not torch.equal(free[0], guided[0])
+    assert torch.equal(pipeline.sample(4, 1, min_p=1.0, output_type="codes")[0], greedy[0])
+    options = {"guidance_scale": 9.0, "guidance_schedule": (0.5, 1.0), "generator": seed(), "output_type": "codes"}
+    late = pipeline.sample(16, 1, **options)[0].flatten(1)
+    first, second = free[0].flatten(1), guided[0].flatten(1)
+    assert torch.equal(late[:, :2], first[:, :2])  # guided from the third of four codes on
+    assert not torch.equal(late[:, 2:], first[:, 2:])
+    assert not torch.equal(first[:, :2], second[:, :2])
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_every_sample_can_carry_its_log_probability_and_label(num_classes):
+    pipeline = make("vqvae2", "gpt", num_classes)
+    options = {"generator": seeds(0, 1, 2, 3, 4), "output_type": "codes", "return_log_prob": True}
+    codes, log_prob, labels = pipeline.sample(5, batch_size=2, **options)
+    torch.testing.assert_close(log_prob, pipeline.prior.log_prob(codes, labels), atol=1e-4, rtol=1e-4)
+    plain = (
+        pipeline.sample(5, labels, generator=seeds(0, 1, 2, 3, 4), output_type="codes") if num_classes == 0 else codes
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, codes))
+    assert (labels is None) == (num_classes == 0)
+    output = pipeline.sample(2, temperature=0, return_log_prob=True)
+    assert output.log_prob.tolist() == [0, 0]  # there was no choice
+    assert [image.size for image in output.images] == [(8, 8)] * 2
+
+
+@pytest.mark.parametrize("prior", tiny.BIT_PRIORS)
+def test_priors_without_a_log_probability_of_their_samples_say_so(prior):
+    if "return_log_prob" in PRIORS[prior].sampling_options:
+        pytest.skip(f"{prior} has one")
+    with pytest.raises(ValueError, match=f"{PRIORS[prior].__name__} cannot honour return_log_prob; it supports"):
+        make("vqvae", prior).sample(2, return_log_prob=True)
 
 
 def test_the_progress_bar_can_be_silenced(capsys):
@@ -255,6 +311,45 @@ def test_codes_out_of_range_and_impossible_outputs_are_refused():
         pipeline.decode((torch.full((1, 2, 2), 5),))
     with pytest.raises(ValueError, match="is for sampling"):
         pipeline.reconstruct(torch.zeros(1, 3, 8, 8), output_type="codes")
+
+
+def test_images_are_prepared_as_in_training():
+    pipeline = make()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    prepared = pipeline.prepare([image, image.convert("RGBA").resize((16, 24), Image.Resampling.NEAREST)])
+    assert torch.equal(prepared[0], torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    assert prepared.shape == (2, 3, 8, 8)
+    assert torch.equal(pipeline.encode(prepared)[0][:1], pipeline.encode(image)[0])
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_vectors_of_codes_are_decoded_as_the_codes_are_or_refused(name):
+    tokenizer = make_tokenizer(name).eval()
+    codes = tokenizer.encode(torch.rand(3, *tokenizer.config.image_shape).round())
+    if type(tokenizer).embed is Tokenizer.embed:
+        assert tokenizer.code_strides is None
+        for call in (lambda: tokenizer.embed(codes), lambda: tokenizer.decode_embedded(())):
+            with pytest.raises(ValueError, match=f"the codes of {type(tokenizer).__name__} stand for no vectors"):
+                call()
+    elif not tokenizer.has_local_latents:
+        torch.testing.assert_close(tokenizer.decode_embedded(tokenizer.embed(codes)), tokenizer.decode(codes))
+
+
+@pytest.mark.parametrize("tokenizer", ["vqvae", "vqvae2"])
+def test_a_line_between_two_images_begins_and_ends_with_their_reconstructions(tokenizer):
+    pipeline = make(tokenizer)
+    first, second = torch.rand(2, 3, 3, 8, 8, generator=seed(1))
+    lines = pipeline.interpolate(first, second, 5, output_type="pt").unflatten(0, (3, 5))
+    for end, images in ((0, first), (-1, second)):
+        torch.testing.assert_close(lines[:, end], pipeline.reconstruct(images, output_type="pt"))
+    embedded = [pipeline.tokenizer.embed(pipeline.encode(images)) for images in (first, second)]
+    quarter = tuple(0.75 * a + 0.25 * b for a, b in zip(*embedded))
+    torch.testing.assert_close(lines[:, 1], pipeline.tokenizer.decode_embedded(quarter))
+    assert len(pipeline.interpolate(first[:1], second[:1])) == 8
+    with pytest.raises(ValueError, match="got 1 and 3 images and num_images = 8"):
+        pipeline.interpolate(first[:1], second)
+    with pytest.raises(ValueError, match="num_images = 1"):
+        pipeline.interpolate(first, second, 1)
 
 
 # Folders
@@ -511,3 +606,106 @@ def test_pictures_leave_the_mode_of_the_model_as_it_was(tmp_path):
     assert tokenizer.training
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.size == (3 * 66 + 2, 2 * 66 + 2)  # a column for each class
+
+
+# Local latents
+# ------------------------------------------------------------------------------------------------
+
+
+def test_local_resampling_keeps_the_codes_and_changes_the_image():
+    network = {"type": "conv", **tiny.LATENT_NETWORKS["conv"]}
+    pipeline = make("dvaepp", None, network=network)
+    images = pipeline.sample(4, generator=seed(), resample="local", output_type="pt")
+    codes = pipeline.sample(4, generator=seed(), resample="local", output_type="codes")[0]
+    assert len(codes.unique(dim=0)) == 1
+    assert len(images.unique(dim=0)) == 4
+    assert len(pipeline.sample(4, generator=seed(), output_type="codes")[0].unique(dim=0)) > 1
+    alone = pipeline.sample(1, generator=seeds(7), output_type="pt")
+    together = pipeline.sample(3, generator=seeds(7, 8, 9), resample="local", output_type="pt")
+    torch.testing.assert_close(together[:1], alone)
+
+
+def test_local_resampling_is_refused_where_there_is_nothing_to_resample():
+    with pytest.raises(ValueError, match="latents of its own, which this VQVAE does not have"):
+        make().sample(2, resample="local")
+    with pytest.raises(ValueError, match="unknown resample 'global'; choose from all, local"):
+        make().sample(2, resample="global")
+
+
+def test_names_stand_above_the_columns():
+    images = torch.zeros(6, 3, 64, 64)
+    plain, named = grid_picture(images, 3), grid_picture(images, 3, ["cat", "", "a very long name indeed"])
+    assert named.size == (plain.width, plain.height + 16)
+    array = np.asarray(named)
+    np.testing.assert_array_equal(array[16:], np.asarray(plain))
+    dark = (array[:16] < 128).all(axis=2)
+    assert dark[:, 2:66].any()
+    assert not dark[:, 68:132].any()
+    assert dark[:, 134:198].any()
+
+
+def test_a_grid_of_classes_has_a_column_for_each():
+    pipeline = make(num_classes=3)
+    assert class_columns(pipeline, rows=2) == ([0, 1, 2, 0, 1, 2], NAMES)
+    assert class_columns(pipeline, ["owl", 0], rows=1) == ([2, 0], ["owl", "cat"])
+    assert class_columns(pipeline, 1, rows=2) == ([1, 1], ["dog"])
+    pipeline.class_names = []
+    assert class_columns(pipeline, rows=1)[1] == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="this one has no classes"):
+        class_columns(make())
+    with pytest.raises(ValueError, match="at least 1 image of each, got 0"):
+        class_columns(pipeline, rows=0)
+
+
+@pytest.mark.parametrize("tokenizer", ["vqvae", "vqvae2"])
+def test_partial_codes_are_grey_where_none_has_arrived(tokenizer):
+    tokenizer = make_tokenizer(tokenizer).eval()
+    codes = tuple(torch.randint(k, (2, *shape)) for shape, k in zip(tokenizer.spec.shapes, tokenizer.spec.vocab_sizes))
+    nothing = tuple(torch.zeros_like(code, dtype=torch.bool) for code in codes)
+    everything = tuple(torch.ones_like(code, dtype=torch.bool) for code in codes)
+    assert (partial_images(tokenizer, codes, nothing) == 0.5).all()
+    torch.testing.assert_close(partial_images(tokenizer, codes, everything), tokenizer.decode(codes))
+    some = tuple(there.clone() for there in nothing)
+    some[-1][:, 0, 1] = True
+    stride = tokenizer.code_strides[-1]
+    images = partial_images(tokenizer, codes, some)
+    shown = (images != 0.5).any(dim=1)
+    assert shown[:, :stride, stride : 2 * stride].float().mean() > 0.9
+    assert not shown[:, stride:].any()
+    assert not shown[:, :, :stride].any()
+    # what has not arrived does not matter
+    others = tuple((code + ~there) % k for code, there, k in zip(codes, some, tokenizer.spec.vocab_sizes))
+    assert torch.equal(partial_images(tokenizer, others, some), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("num_frames", "kept"), [(2, 2), (4, 3), (64, 5)])
+def test_an_animation_begins_grey_and_ends_with_the_samples(channels, num_frames, kept, tmp_path):
+    pipeline = make(image_shape=(channels, 8, 8))
+    recording = CodeRecording(pipeline.prior.spec, num_frames)
+    images = pipeline.sample(6, codes_callback=recording, generator=seed(), output_type="pt")
+    path = save_animation(recording, pipeline.tokenizer, tmp_path / "a" / "codes.gif", columns=3)
+    with Image.open(path) as picture:
+        assert picture.n_frames == len(recording.states) == kept
+        frames = []
+        for frame in range(kept):
+            picture.seek(frame)
+            frames.append(np.asarray(picture.convert("RGB")).astype(int))
+    assert np.unique(frames[0]).size <= 2  # grey, and the lines between
+    assert abs(frames[0] - 127.5).max() <= 1
+    assert abs(frames[-1] - np.asarray(grid_picture(images, 3))).max() <= 8  # a palette of 256 colours
+    pixels = [(abs(frame - frames[0]) > 2).any(axis=2).sum() for frame in frames]
+    assert sorted(pixels) == pixels
+    assert len(set(pixels)) == kept
+
+
+def test_recordings_of_nothing_and_of_two_batches_are_refused(tmp_path):
+    pipeline = make()
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        save_animation(CodeRecording(pipeline.prior.spec), pipeline.tokenizer, tmp_path / "x.gif", columns=1)
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
+        CodeRecording(pipeline.prior.spec, 1)
+    with pytest.raises(ValueError, match="an animation shows one batch"):
+        pipeline.sample(3, batch_size=2, codes_callback=CodeRecording(pipeline.prior.spec))
+    with pytest.raises(ValueError, match=r"written as GIF, got 'x.png'; name a file that ends in .gif"):
+        check_picture(tmp_path.__class__("x.png"), suffix=".gif")

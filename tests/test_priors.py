@@ -11,7 +11,7 @@ from prior.autoregressive import AutoregressivePrior
 from prior.gpt import GPTConfig, coordinates, rotary_angles, rotary_table, rotate
 from prior.pixelcnn import PixelCNN, PixelCNNConfig
 from prior.pixelsnail import CausalAttention, CausalConv, PixelSNAILConfig, background
-from prior.sampling import ImageNoise, SamplingOptions, choose
+from prior.sampling import ImageNoise, SamplingOptions, draw, final_logits
 from prior.torchvision_guard import ensure_torchvision
 from prior.uniform import Uniform
 from tests import tiny
@@ -35,11 +35,10 @@ def build(name, spec, num_classes=0, **options):
     """The tiny prior, with parameters far from their initial values: a fresh network hardly looks at its input."""
     if name not in tiny.PRIORS:
         pytest.fail(f"prior '{name}' has no smallest configuration: add it to PRIORS in tests/tiny.py")
-    try:
-        config = PRIORS[name].Config(spec=spec, num_classes=num_classes, **{**tiny.PRIORS[name], **options})
-        prior = PRIORS[name](config)
-    except ValueError as error:
-        pytest.skip(f"{name} does not take these codes: {error}")
+    if not tiny.takes(name, spec, num_classes):
+        pytest.skip(f"{name} is not made for these codes")
+    config = PRIORS[name].Config(spec=spec, num_classes=num_classes, **{**tiny.PRIORS[name], **options})
+    prior = PRIORS[name](config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in prior.parameters():
@@ -95,7 +94,7 @@ def assert_frequencies_match(codes, spec, expected):
 
 
 def changed(p, options):
-    """Temperature, top-k and top-p of one distribution, from their definitions."""
+    """Temperature, top-k, top-p and min-p of one distribution, from their definitions."""
     if options.temperature == 0:
         return np.eye(len(p))[p.argmax()]
     p = p ** (1 / options.temperature)
@@ -106,7 +105,16 @@ def changed(p, options):
             break
         kept.append(i)
     p = p * np.isin(np.arange(len(p)), kept)
+    p = p * (p >= (options.min_p or 0) * p.max())
     return p / p.sum()
+
+
+def scale_at(options, i, n):
+    """The guidance scale of code i of n, from the definitions of the schedules."""
+    if options.guidance_schedule == "linear":
+        return np.linspace(1, options.guidance_scale, n)[i]
+    start, end = (0, 1) if options.guidance_schedule == "constant" else options.guidance_schedule
+    return options.guidance_scale if start <= i / n < end else 1.0
 
 
 def sampled_joint(spec, options, conditional, unconditional=None, known=None):
@@ -119,7 +127,8 @@ def sampled_joint(spec, options, conditional, unconditional=None, known=None):
             p = marginal / marginal.sum()
             if options.guided:
                 q = unconditional[prefix].reshape(sizes[i], -1).sum(1)
-                p = p**options.guidance_scale * (q / q.sum()) ** (1 - options.guidance_scale)
+                scale = scale_at(options, i, len(sizes))
+                p = p**scale * (q / q.sum()) ** (1 - scale)
                 p = p / p.sum()
             p = changed(p, options)
             if known is not None and known[i] is not None:
@@ -134,6 +143,22 @@ def sampled_joint(spec, options, conditional, unconditional=None, known=None):
 @pytest.mark.parametrize("name", PRIORS)
 def test_every_registered_prior_has_a_tiny_configuration(name):
     assert name in tiny.PRIORS, f"prior '{name}' has no smallest configuration: add it to PRIORS in tests/tiny.py"
+
+
+@pytest.mark.parametrize("num_classes", [0, 2])
+@pytest.mark.parametrize("spec", [*tiny.SPECS.values(), *tiny.REAL_SPECS.values()], ids=str)
+@pytest.mark.parametrize("name", PRIORS)
+def test_codes_that_a_prior_is_not_made_for_are_refused_and_no_others(name, spec, num_classes):
+    options = tiny.PRIORS[name]
+    if tiny.takes(name, spec, num_classes):
+        PRIORS[name](PRIORS[name].Config(spec=spec, num_classes=num_classes, **options))
+    else:
+        refusals = (
+            "powers of two, got CodeSpec|num_classes must be 0, got 2|holds real numbers|codes that are real numbers"
+            "|needs the class as the first level"
+        )
+        with pytest.raises(ValueError, match=refusals):
+            PRIORS[name].Config(spec=spec, num_classes=num_classes, **options)
 
 
 @pytest.mark.parametrize("num_classes", [0, 2])
@@ -186,8 +211,26 @@ OPTIONS = {
     "greedy": {"temperature": 0.0},
     "top_k": {"top_k": 2},
     "top_p": {"top_p": 0.7},
-    "all": {"temperature": 1.5, "top_k": 2, "top_p": 0.8},
+    "min_p": {"min_p": 0.6},
+    "all": {"temperature": 1.5, "top_k": 2, "top_p": 0.8, "min_p": 0.3},
 }
+GUIDANCE = {
+    "constant": {"guidance_scale": 2.5},
+    "unconditional": {"guidance_scale": 0.0},
+    "filtered": {"guidance_scale": 3, "top_k": 2},
+    "linear": {"guidance_scale": 3.0, "guidance_schedule": "linear"},
+    "interval": {"guidance_scale": 3.0, "guidance_schedule": (0.3, 0.7)},
+    "first": {"guidance_scale": 3.0, "guidance_schedule": (0, 0.3), "temperature": 0.7},
+}
+
+
+def assert_log_prob_is_that_of_the_draws(sampled, spec, expected):
+    """The log-probability of every draw is that of brute force; over all codes that came up, they add up to one."""
+    codes = tuple(spec.flatten(sampled.codes).T.numpy())
+    np.testing.assert_allclose(sampled.log_prob.exp().numpy(), expected[codes], rtol=1e-4)  # float32 logits
+    reported = np.zeros_like(expected)
+    reported[codes] = sampled.log_prob.exp().numpy()
+    assert reported.sum() == pytest.approx(1 - expected[reported == 0].sum(), abs=1e-4)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -196,21 +239,60 @@ OPTIONS = {
 def test_filtered_frequencies_match_brute_force(name, spec, options):
     prior = build(name, tiny.SPECS[spec])
     expected = sampled_joint(prior.spec, SamplingOptions(**OPTIONS[options]), joint(prior))
-    codes = prior.sample(NUM_SAMPLES, generator=torch.Generator().manual_seed(0), **OPTIONS[options])
-    assert_frequencies_match(codes, prior.spec, expected)
+    generator = torch.Generator().manual_seed(0)
+    sampled = prior.sample(NUM_SAMPLES, generator=generator, return_log_prob=True, **OPTIONS[options])
+    assert_frequencies_match(sampled.codes, prior.spec, expected)
+    assert_log_prob_is_that_of_the_draws(sampled, prior.spec, expected)
 
 
-@pytest.mark.parametrize(
-    "options", [{"guidance_scale": 2.5}, {"guidance_scale": 0.0}, {"guidance_scale": 3, "top_k": 2}]
-)
+@pytest.mark.parametrize("options", GUIDANCE)
 @pytest.mark.parametrize("spec", ["map", "levels"])
 @pytest.mark.parametrize("name", AUTOREGRESSIVE)
 def test_guided_frequencies_match_brute_force(name, spec, options):
     prior = build(name, tiny.SPECS[spec], num_classes=2)
+    options = GUIDANCE[options]
     expected = sampled_joint(prior.spec, SamplingOptions(**options), joint(prior, 1), null_joint(prior))
-    labels = torch.ones(NUM_SAMPLES, dtype=torch.int64)
-    codes = prior.sample(NUM_SAMPLES, labels, generator=torch.Generator().manual_seed(0), **options)
-    assert_frequencies_match(codes, prior.spec, expected)
+    labels, generator = torch.ones(NUM_SAMPLES, dtype=torch.int64), torch.Generator().manual_seed(0)
+    sampled = prior.sample(NUM_SAMPLES, labels, generator=generator, return_log_prob=True, **options)
+    assert_frequencies_match(sampled.codes, prior.spec, expected)
+    assert_log_prob_is_that_of_the_draws(sampled, prior.spec, expected)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("spec", tiny.SPECS)
+def test_the_log_probability_of_a_plain_sample_is_the_priors_own(name, spec):
+    prior = build(name, tiny.SPECS[spec], num_classes=2)
+    labels = torch.arange(20) % 2
+    if "return_log_prob" not in prior.sampling_options:
+        with pytest.raises(ValueError, match=f"{type(prior).__name__} cannot honour return_log_prob; it supports"):
+            prior.sample(20, labels, return_log_prob=True)
+        return
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    codes, log_prob = prior.sample(20, labels, generator=generators[0], return_log_prob=True)
+    torch.testing.assert_close(log_prob, prior.log_prob(codes, labels), atol=1e-4, rtol=1e-4)
+    by_code = prior.log_prob_by_code(codes, labels)
+    assert [part.shape for part in by_code] == [code.shape for code in codes]
+    torch.testing.assert_close(prior.spec.flatten(by_code).sum(1), log_prob, atol=1e-4, rtol=1e-4)
+    plain = prior.sample(20, labels, generator=generators[1])
+    assert all(a.equal(b) for a, b in zip(plain, codes))
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+def test_each_code_has_its_conditional_probability(name):
+    spec = tiny.SPECS["levels"]
+    prior, codes = build(name, spec), all_codes(spec)
+    p = joint(prior)  # axes: the coarse code, then the two fine ones
+    marginals = [p.sum((1, 2), keepdims=True), p.sum(2, keepdims=True), p]
+    expected = np.stack([np.broadcast_to(m / n, p.shape).ravel() for m, n in zip(marginals, [1, *marginals])], axis=1)
+    measured = spec.flatten(prior.log_prob_by_code(codes)).exp().detach().numpy()
+    np.testing.assert_allclose(measured, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in PRIORS if name not in {*AUTOREGRESSIVE, "uniform", "factorial"}])
+def test_single_codes_without_a_probability_are_refused(name):
+    prior = build(name, tiny.SPECS["bits"])
+    with pytest.raises(ValueError, match=f"{type(prior).__name__} does not predict one code after another"):
+        prior.log_prob_by_code(random_codes(prior.spec, 2))
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -241,8 +323,30 @@ def test_codes_after_a_given_one_are_drawn_given_it(name, guided):
         guidance_scale=options.guidance_scale,
         given=((codes,), (known,)),
         generator=torch.Generator().manual_seed(0),
+        return_log_prob=True,
     )
-    assert_frequencies_match(sampled, spec, expected)
+    assert_frequencies_match(sampled.codes, spec, expected)
+    assert_log_prob_is_that_of_the_draws(sampled, spec, expected)  # given codes were not drawn
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_the_callback_sees_codes_arrive_in_their_order(name):
+    prior = build(name, tiny.SPECS["levels"])
+    fixed, known, seen = random_codes(prior.spec, 2), prior.spec.unflatten(torch.tensor([[0, 0, 1]] * 2).bool()), []
+    if "codes_callback" not in prior.sampling_options:
+        with pytest.raises(ValueError, match=f"{type(prior).__name__} cannot honour codes_callback; it supports"):
+            prior.sample(2, codes_callback=lambda codes, arrived: None)
+        return
+    watch = {"codes_callback": lambda *told: seen.append(told), "generator": torch.Generator().manual_seed(0)}
+    codes = prior.sample(2, given=(fixed, known), **watch)
+    for so_far, arrived in seen:
+        prior.spec.check(so_far)
+        for level, there, final in zip(so_far, arrived, codes):
+            assert level.equal(final * there)
+    orders = [prior.spec.flatten(arrived)[0].tolist() for _, arrived in seen]
+    if name in AUTOREGRESSIVE:
+        assert orders == [[True, False, True], [True, True, True], [True, True, True]]
+    assert orders[-1] == [True] * 3
 
 
 @pytest.mark.parametrize("name", PRIORS)
@@ -319,9 +423,10 @@ def test_the_cached_sample_equals_that_of_a_loop_over_full_passes(variant, scale
         both = [prior.logits(codes, classes) for classes in (labels, torch.full_like(labels, 2))]
         first, second = ([z for level in logits for z in level.unbind(1)][i] for logits in both)
         stacked = first if scale == 1 else torch.cat([first, second])
-        sequence[:, i] = choose(stacked, SamplingOptions(top_k=3, guidance_scale=scale), uniform[:, i])
+        options = SamplingOptions(top_k=3, guidance_scale=scale, guidance_schedule="linear")
+        sequence[:, i], _ = draw(final_logits(stacked, options, i, LARGER.length), uniform[:, i])
     generator = torch.Generator().manual_seed(5)
-    sampled = prior.sample(n, labels, top_k=3, guidance_scale=scale, generator=generator)
+    sampled = prior.sample(n, labels, top_k=3, guidance_scale=scale, guidance_schedule="linear", generator=generator)
     assert LARGER.flatten(sampled).equal(sequence)
 
 
@@ -520,7 +625,10 @@ def test_uniform_stays_uniform_under_temperature_and_guidance():
     prior = Uniform(PriorConfig(spec=tiny.SPECS["bits"], num_classes=2))
     labels = torch.zeros(NUM_SAMPLES, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
-    codes = prior.sample(NUM_SAMPLES, labels, temperature=0.3, guidance_scale=4.0, generator=generator)
+    codes = prior.sample(
+        NUM_SAMPLES, labels, temperature=0.3, min_p=0.9, guidance_scale=4.0, guidance_schedule="linear",
+        generator=generator,
+    )  # fmt: skip
     assert_frequencies_match(codes, prior.spec, np.full((2, 2, 2, 2), 1 / 16))
 
 

@@ -129,7 +129,7 @@ def brute_force(vectors: Tensor, codebook: Tensor) -> Tensor:
     num_vectors=st.integers(0, 40),
     codebook_size=st.integers(1, 9),
     dim=st.integers(1, 4),
-    tile=st.integers(1, 60),
+    tile=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_nearest_is_brute_force_with_ties_to_the_lowest_index(num_vectors, codebook_size, dim, tile, seed):
@@ -138,14 +138,16 @@ def test_nearest_is_brute_force_with_ties_to_the_lowest_index(num_vectors, codeb
     vectors = torch.randint(-2, 3, (num_vectors, dim), generator=generator).float()
     codebook = torch.randint(-2, 3, (codebook_size, dim), generator=generator).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "CPU_TILE", tile)
+        patch.setattr(search, "CPU_ROWS", tile[0])
+        patch.setattr(search, "CPU_COLUMNS", tile[1])
         codes = nearest(vectors, codebook)
     assert torch.equal(codes, brute_force(vectors, codebook))
 
 
-@pytest.mark.parametrize("num_vectors", [1, 127, 128, 129, 300])
-def test_nearest_is_brute_force_around_the_edges_of_a_tile(num_vectors):
-    codebook = torch.randn(search.CPU_TILE // 128, 2)
+@pytest.mark.parametrize("num_vectors", [1, search.CPU_ROWS - 1, search.CPU_ROWS, search.CPU_ROWS + 1])
+@pytest.mark.parametrize("codebook_size", [search.CPU_COLUMNS, 2 * search.CPU_COLUMNS + 1])
+def test_nearest_is_brute_force_around_the_edges_of_a_tile(num_vectors, codebook_size):
+    codebook = torch.randn(codebook_size, 2)
     vectors = torch.randn(num_vectors, 2)
     chosen = (vectors.double() - codebook[nearest(vectors, codebook)].double()).norm(dim=1)
     best = torch.cdist(vectors.double(), codebook.double()).amin(dim=1)

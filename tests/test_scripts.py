@@ -111,11 +111,16 @@ def test_the_two_commands_leave_a_pipeline_on_two_processes(tmp_path):
 
 def test_the_other_scripts_work_on_the_newest_run(run_folder):
     folder = run_folder.parents[1]
-    done = run(folder, "evaluate", "--split", "test", "--json", "true")
+    done = run(folder, "evaluate", "--split", "test", "--num_samples", "20", "--ood", "[noise]", "--json", "true")
     assert done.returncode == 0, done.stderr[-3000:]
-    metrics = json.loads(done.stdout)["metrics"]
+    result = json.loads(done.stdout)  # nothing else is on standard output
+    metrics = result["metrics"]
     assert metrics["bits_per_dim"] == pytest.approx(metrics["nats"] / (64 * 0.6931472))
-    assert json.loads((run_folder / "evaluation.json").read_text())["metrics"] == metrics
+    assert {"fid_classifier", "rfid_classifier", "copying", "ood_auroc_noise", "position_entropy"} <= metrics.keys()
+    assert json.loads((run_folder / "evaluation.json").read_text()) == result
+    assert "--num_samples 20" in (run_folder / "README.md").read_text()
+    assert all((run_folder / "evaluation" / name).is_file() for name in result["pictures"].values())
+    assert (folder / "runs" / ".evaluation_cache").is_dir()
     done = run(folder, "sample", "--num_images", "4", "--top_k", "3", "--guidance_scale", "2", "--output", "four.png")
     assert done.returncode == 0, done.stderr[-3000:]
     with Image.open(folder / "four.png") as image:
@@ -123,6 +128,39 @@ def test_the_other_scripts_work_on_the_newest_run(run_folder):
     done = run(folder, "extract_codes", "--split", "test", "--cpu", "true")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((run_folder / "codes" / "test" / "spec.json").read_text())["count"] == metrics["num_images"]
+
+
+def test_samples_are_the_same_on_two_processes_as_on_one(run_folder):
+    folder = run_folder.parents[1]
+    options = ["--num_images", "5", "--columns", "5", "--guidance_scale", "2", "--min_p", "0.1"]
+    options += ["--guidance_schedule", "[0, 0.5]"]
+    done = run(folder, "sample", *options, "--output", "one.png", "--animation", "codes.gif")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(folder, "sample", *options, "--output", "two.png", num_processes=2)
+    assert done.stdout.split() == ["two.png"]
+    assert (folder / "one.png").read_bytes() == (folder / "two.png").read_bytes()
+    with Image.open(folder / "codes.gif") as animation, Image.open(folder / "one.png") as picture:
+        assert animation.n_frames == 17  # of 16 codes, and without any
+        assert animation.size == picture.size
+
+
+def test_images_are_completed_continued_and_interpolated(run_folder, tmp_path):
+    images = Pipeline.from_pretrained(run_folder).sample(class_labels=[3, 7])
+    mask = Image.new("L", (8, 8))
+    mask.putpixel((3, 3), 255)
+    for image, name in zip([*images, mask], ("a.png", "b.png", "mask.png")):
+        image.save(tmp_path / name)
+    cell = 64 + 2  # 8 x 8 pixels, enlarged, and a line between
+    mask_options = ["--mask", "mask.png", "--ranking", "importance", "--columns", "2", "--class_labels", "[3, 7]"]
+    for options, size in [
+        ([*mask_options, "--keep_known_pixels", "true", "--guidance_scale", "2"], (4 * cell, 2 * cell)),
+        (["--size", "[8, 16]", "--num_candidates", "2"], (2 * (64 + cell), cell)),
+        (["--interpolate", "4"], (4 * cell, cell)),
+    ]:
+        done = run(tmp_path, "complete", "--run", str(run_folder), "--images", "[a.png, b.png]", *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+        with Image.open(tmp_path / "completed.png") as picture:
+            assert picture.size == (size[0] + 2, size[1] + 2)
 
 
 def test_finished_commands_run_again_change_nothing(run_folder):
@@ -139,9 +177,13 @@ def test_finished_commands_run_again_change_nothing(run_folder):
 def test_a_prior_in_a_folder_of_its_own_can_be_evaluated(run_folder, tmp_path):
     done = run(tmp_path, "train_prior", "--run", str(run_folder), "--output", "own", *TINY_PRIOR, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
-    done = run(tmp_path, "evaluate", "--run", "own", "--data.max_images", "20")
+    done = run(tmp_path, "evaluate", "--run", "own", "--data.max_images", "20", "--metrics", "[likelihood]")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "bits_per_dim" in done.stdout
+    assert "psnr" not in done.stdout
+    done = run(tmp_path, "evaluate", "--run", "own", "--metrics", "[likelyhood]")
+    assert "unknown value 'likelyhood'" in done.stderr or "likelihood" in done.stderr
+    assert done.returncode == 2
 
 
 def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
@@ -170,6 +212,11 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
         ("sample", ["--run", "nowhere"], "nowhere is neither a folder nor a hub id"),
         ("sample", ["--columns", "0"], "columns must be at least 1, got 0"),
         ("sample", ["--output", "x.jpg"], "name a file that ends in .png"),
+        ("sample", ["--animation", "x.png"], "name a file that ends in .gif"),
+        ("sample", ["--guidance_schedule", "linar"], "did you mean 'linear'"),
+        ("complete", ["--images", "x.png"], "give exactly one of --mask, --size and --interpolate, got none"),
+        ("complete", ["--images", "x.png", "--interpolate", "4"], "interpolation needs at least two images"),
+        ("complete", ["--images", "x.png", "--mask", "left"], "x.png: cannot be read as an image"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_not_a_traceback(script, arguments, message, tmp_path):

@@ -14,8 +14,15 @@ from tokenizer.registry import build
 from tokenizer.smoothing import SMOOTHINGS, Exponential, Gaussian, Power, UniformExponential
 
 BETAS = (0.5, 2.0, 5.0, 8.0, 12.0, 20.0, 35.0, 50.0)
-FAMILIES = [Exponential(2.0), Exponential(8.0), Exponential(14.0), UniformExponential(16.0), UniformExponential(30.0, 0.1),
-            Gaussian(25.0), Gaussian(40.0), Power(20.0), Power(40.0)]  # fmt: skip
+FAMILIES = [
+    *(Exponential(beta) for beta in (2.0, 8.0, 14.0)),
+    UniformExponential(16.0),
+    UniformExponential(30.0, 0.1),
+    Gaussian(25.0),
+    Gaussian(40.0),
+    Power(20.0),
+    Power(40.0),
+]
 
 
 def name(family) -> str:

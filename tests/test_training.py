@@ -29,7 +29,10 @@ from pipelines.objectives import PriorLoss, TokenizerLoss
 from pipelines.training import NonFiniteLossError, TrainingConfig, Update, adamw, evaluate, fit
 from prior import PRIORS
 from prior.autoregressive import AutoregressivePrior
+from prior.base import CodeSpec
+from prior.bits import BitPrior
 from tests import tiny
+from tokenizer import TOKENIZERS
 from tokenizer.quantizers import QUANTIZERS
 
 CONFIG = TrainingConfig(
@@ -37,13 +40,16 @@ CONFIG = TrainingConfig(
 )
 DATA = DataConfig(max_images=20, horizontal_flip=True, crop_padding=1)
 TRAINED_PRIORS = [name for name, kind in PRIORS.items() if issubclass(kind, AutoregressivePrior)]
-MODELS = [*(f"vqvae-{name}" for name in sorted(QUANTIZERS)), "vqvae2", *TRAINED_PRIORS]
+BIT_PRIORS = [name for name, kind in PRIORS.items() if issubclass(kind, BitPrior)]
+OTHER_TOKENIZERS = sorted(set(TOKENIZERS) - {"vqvae"})
+MODELS = [*(f"vqvae-{name}" for name in sorted(QUANTIZERS)), *OTHER_TOKENIZERS, *TRAINED_PRIORS, *BIT_PRIORS]
 
 
 class Codes(torch.utils.data.Dataset):
     """Twenty random code maps with labels."""
 
-    spec = tiny.SPECS["levels"]
+    def __init__(self, spec: CodeSpec = tiny.SPECS["levels"]):
+        self.spec = spec
 
     def __len__(self):
         return 20
@@ -65,13 +71,19 @@ def make(model: str, config: TrainingConfig = CONFIG, noise: bool = True):
     torch.manual_seed(config.seed)
     name, _, quantizer = model.partition("-")
     if name in tiny.TOKENIZERS:
-        train, validation = load_images(DATA, "train"), load_images(DATA, "validation")
-        options = {**tiny.TOKENIZERS[name], "image_shape": train.image_shape}
+        options = {**tiny.TOKENIZERS[name], "image_shape": (1, 8, 8)}
+        if "num_classes" in options:
+            options["num_classes"] = 10
         if quantizer:
             options["quantizer"] = {"type": quantizer, **tiny.QUANTIZERS[quantizer]}
-        return TokenizerLoss(build_tokenizer({"type": name, **options})), train, validation
+        tokenizer = build_tokenizer({"type": name, **options})
+        data = DATA if tokenizer.likelihood.num_values == 256 else replace(DATA, binarize="stochastic")
+        return TokenizerLoss(tokenizer), load_images(data, "train"), load_images(data, "validation")
+    if name in BIT_PRIORS:
+        codes = Codes(tiny.SPECS["bits"])
+        return PriorLoss(build_prior({"type": name, **tiny.PRIORS[name], "spec": codes.spec})), codes, codes
     dropout = dict.fromkeys(("dropout", "class_dropout"), 0.3 if noise else 0.0)
-    options = {**tiny.PRIORS[name], **dropout, "num_classes": 2, "spec": Codes.spec}
+    options = {**tiny.PRIORS[name], **dropout, "num_classes": 2, "spec": Codes().spec}
     return PriorLoss(build_prior({"type": name, **options})), Codes(), Codes()
 
 

@@ -1,0 +1,164 @@
+"""Regions of images, as masks of pixels and of the codes that stand for them. True is what is to be filled.
+
+Letters: B images, C channels, H W height and width in pixels, h w of a map of codes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pipelines.preprocessing import covering_size, crop, load, naming_image
+from tokenizer.base import Tokenizer
+
+HALVES = ("top", "bottom", "left", "right")
+WHITE = 128  # of 255: pixels of a mask image at least as bright are to be filled
+
+
+def as_mask(mask, num_images: int, tokenizer: Tokenizer) -> Tensor:
+    """(B, 1, H, W) boolean, True where pixels are to be filled.
+
+    Args:
+        mask: boolean tensor or array, (H, W) for all images or (B, 1, H, W); or a mask image for all or one per image,
+            white where pixels are to be filled, which is resized and cropped as images are; a pixel that it only
+            touches counts as filled.
+        tokenizer: whose image_shape and preprocessing are meant.
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    height, width = tokenizer.config.image_shape[1:]
+    pictures = [mask] if isinstance(mask, Image.Image) else mask
+    if isinstance(pictures, Sequence) and pictures and all(isinstance(part, Image.Image) for part in pictures):
+        if len(pictures) not in (1, num_images):
+            raise ValueError(f"got {len(pictures)} mask images for {num_images} images: give one, or one each")
+        preprocessing = {"image_size": (height, width), **tokenizer.config.preprocessing}
+        mask = torch.stack([_from_picture(part, preprocessing) for part in pictures])
+        return mask.expand(num_images, -1, -1, -1)
+    if not isinstance(mask, (Tensor, np.ndarray)):
+        raise ValueError(f"mask must be a boolean tensor or array, or mask images, got {type(mask).__name__}")
+    mask = torch.as_tensor(mask)
+    if mask.dtype != torch.bool or tuple(mask.shape) not in {(height, width), (num_images, 1, height, width)}:
+        raise ValueError(
+            f"mask must be boolean (True: to be filled) of shape ({height}, {width}), or "
+            f"({num_images}, 1, {height}, {width}), got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    return mask.expand(num_images, 1, height, width)
+
+
+def check_mask_sizes(mask, images) -> None:
+    """Raises ValueError for a mask image that is not as large as its image: they would be cropped differently."""
+    masks, images = ([x] if isinstance(x, Image.Image) else x for x in (mask, images))
+    if not all(isinstance(x, Sequence) and all(isinstance(part, Image.Image) for part in x) for x in (masks, images)):
+        return
+    for part, image in zip(masks if len(masks) > 1 else [*masks] * len(images), images):
+        if part.size != image.size:
+            raise ValueError(
+                f"a mask image must be as large as its image, got {part.width} x {part.height} for an image of "
+                f"{image.width} x {image.height} (width x height)"
+            )
+
+
+def _from_picture(picture: Image.Image, preprocessing: dict) -> Tensor:
+    """(1, H, W): the picture resized and cropped as an image would be."""
+    with naming_image("the mask"):
+        white = np.asarray(picture.convert("L")) >= WHITE
+    shares = Image.fromarray(white.astype(np.float32))  # 32-bit: 8 bits would round a single pixel of many away
+    size = covering_size(picture.size, preprocessing)
+    if size != picture.size:
+        shares = shares.resize(size, Image.Resampling.BOX)
+    filled = crop(np.asarray(shares)[None] > 0, preprocessing["image_size"], lambda slack: slack // 2)
+    return torch.from_numpy(filled.copy())
+
+
+def code_masks(mask: Tensor, tokenizer: Tokenizer) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The codes (B, h, w) of each level that must be drawn anew to fill a mask (B, 1, H, W), and their region.
+
+    The mask is rounded outwards: a code counts as soon as the mask touches one pixel of its place (see
+    `Tokenizer.code_strides`), and with it all finer codes there, because a finer code says what the coarser one lacks.
+    Both networks see more than a code's own place, some pixels around it; codes outside the region are kept although
+    the pixels they were computed from may lie inside, and their pixels may change a little although they are kept.
+
+    Returns:
+        a boolean mask per level, and the region (B, 1, H, W): the pixels whose codes are drawn.
+    Raises:
+        ValueError: the tokenizer's codes have no place in the image.
+    """
+    check_geometry(tokenizer)
+    height, width = mask.shape[-2:]
+    masks, region = [], mask
+    for (rows, columns), stride in zip(tokenizer.spec.shapes, tokenizer.code_strides):
+        # the last row and column of the maps may reach beyond the image, which the encoder continues there
+        padded = F.pad(region.float(), (0, columns * stride - width, 0, rows * stride - height), mode="replicate")
+        codes = F.max_pool2d(padded, stride) > 0
+        masks.append(codes[:, 0])
+        region = codes.repeat_interleave(stride, dim=2).repeat_interleave(stride, dim=3)[..., :height, :width]
+    return tuple(masks), region
+
+
+def check_geometry(tokenizer: Tokenizer) -> None:
+    """Raises ValueError unless every code has a place in the image."""
+    if tokenizer.code_strides is None:
+        shapes = ", ".join(str(shape) for shape in tokenizer.spec.shapes)
+        raise ValueError(
+            f"the codes of {type(tokenizer).__name__} (of shape {shapes}) describe the image as a whole and have no "
+            "place in it, so a region cannot be filled; take a tokenizer with maps of codes, such as vqvae or vqvae2"
+        )
+
+
+def fill_from_around(images: Tensor, mask: Tensor) -> Tensor:
+    """Images (B, C, H, W) whose masked pixels are replaced by averages of those around them, from the edge inwards.
+
+    Whatever they held, the result is the same. An image that is masked altogether becomes grey.
+    """
+    known = (~mask).float()
+    # where, not a product: what is masked may be anything, not-a-number included
+    values = torch.where(mask, torch.zeros_like(images), images)
+    values = torch.where(mask.flatten(1).all(dim=1)[:, None, None, None], 0.5, values)
+    known = torch.where(mask.flatten(1).all(dim=1)[:, None, None, None], 1.0, known)
+    while (known == 0).any():
+        weights = F.avg_pool2d(known, 3, stride=1, padding=1)
+        means = F.avg_pool2d(values * known, 3, stride=1, padding=1) / weights.clamp(min=1 / 9)
+        reached = (known == 0) & (weights > 0)
+        values = torch.where(reached, means, values)
+        known = known + reached
+    return values
+
+
+def named_mask(mask: str | Sequence[int], tokenizer: Tokenizer) -> Tensor | Image.Image:
+    """A mask as a user writes it, for `as_mask`.
+
+    Args:
+        mask: "top", "bottom", "left" or "right", for that half; (top, left, bottom, right) in pixels of the prepared
+            image, the last two not included; or the path of a mask image, white where pixels are to be filled.
+    Raises:
+        ValueError: a box that does not lie in the image, or a file that is no image.
+    """
+    height, width = tokenizer.config.image_shape[1:]
+    if isinstance(mask, str) and mask not in HALVES:
+        return open_image(mask)
+    halves = {
+        "top": (0, 0, height // 2, width),
+        "bottom": (height // 2, 0, height, width),
+        "left": (0, 0, height, width // 2),
+        "right": (0, width // 2, height, width),
+    }
+    box = halves[mask] if isinstance(mask, str) else tuple(mask)
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= height and 0 <= box[1] < box[3] <= width):
+        raise ValueError(
+            f"a mask is one of {', '.join(HALVES)}, the path of an image, or a box (top, left, bottom, right) within "
+            f"the {height} x {width} pixels, got {mask}"
+        )
+    filled = torch.zeros(height, width, dtype=torch.bool)
+    filled[box[0] : box[2], box[1] : box[3]] = True
+    return filled
+
+
+def open_image(path: str) -> Image.Image:
+    """A picture from a file, decoded. Raises ValueError naming the file where it is none."""
+    with naming_image(path):
+        picture = Image.open(path)
+        load(picture)
+    return picture

@@ -1,0 +1,94 @@
+"""Out-of-distribution detection: whether log p(x) is higher for the data that a model learned than for others."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.images import ImageDataset, load_images
+
+NOISE = "noise"
+
+
+class NoiseImages:
+    """As many images as another data set has, every pixel value equally probable; binary where that one is.
+
+    Attributes:
+        identity: what makes this the same data as at another time.
+    """
+
+    def __init__(self, images: ImageDataset, seed: int = 0):
+        self.image_shape, self.count, self.seed = images.image_shape, len(images), seed
+        self.num_values = 256 if images.preprocessing["binarize"] == "none" else 2
+        self.identity = {
+            "name": NOISE, "num_values": self.num_values, "seed": seed, "count": self.count,
+            "image_shape": list(self.image_shape),
+        }  # fmt: skip
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, keys: list[int]) -> dict[str, Tensor]:
+        draws = [
+            np.random.default_rng((self.seed, key)).integers(self.num_values, size=self.image_shape) for key in keys
+        ]
+        images = torch.from_numpy(np.stack(draws)).float() / (self.num_values - 1)
+        return {"image": images, "label": torch.zeros(len(keys), dtype=torch.int64)}
+
+    @staticmethod
+    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
+
+class Unlabelled:
+    """Another data set whose labels, of classes that the model does not have, are left out."""
+
+    def __init__(self, images: ImageDataset):
+        self.images, self.identity = images, images.identity
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[int]) -> dict[str, Tensor]:
+        batch = self.images.collate(self.images.__getitems__(keys))
+        return {"image": batch["image"], "label": torch.zeros(len(keys), dtype=torch.int64)}
+
+    collate = staticmethod(NoiseImages.collate)
+
+
+def load_other(name: str, images: ImageDataset) -> NoiseImages | Unlabelled:
+    """Another data set, its test split, prepared as `images` are and at most as many.
+
+    Args:
+        name: "noise", the name of a data set in the folder where `images` came from, or a folder of images.
+        images: what the model is evaluated on.
+    Raises:
+        ValueError: as `load_images`; or it is the data set that `images` are.
+    """
+    if name == NOISE:
+        return NoiseImages(images)
+    folder = Path(name).is_dir()
+    config = replace(
+        images.config,
+        name="folder" if folder else name,
+        root=name if folder else images.config.root,
+        max_images=len(images),
+    )
+    other = load_images(config, "test")
+    if other.identity["content"] == images.identity["content"]:
+        raise ValueError(f"'{name}' holds the very images that the model is evaluated on; name another data set")
+    return Unlabelled(other)
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Area under the receiver operating characteristic of scores (N,), (M,) that should be higher inside.
+
+    It is the probability that an inside score exceeds an outside one: 1/2 for chance. Values far below are not rare for
+    log p(x) of simpler images (Nalisnick et al. 2019, arXiv:1810.09136).
+    """
+    from sklearn.metrics import roc_auc_score  # a second to import
+
+    truth = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
+    return float(roc_auc_score(truth, torch.cat([inside, outside]).double().numpy()))

@@ -1,0 +1,134 @@
+"""One pass over a data set: images encoded and decoded again, how near they come, and which codes occurred where."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.batches import derived_seed
+from pipelines.features import FeatureNetwork, batches
+from pipelines.metrics import CodeCounts, NotMeasurableError, psnr
+from pipelines.pretrained import SMALLEST_LPIPS_SIDE
+from prior.base import Codes
+
+SSIM_WINDOW = 11
+# Entries of a level's table of positions and codes: half a gigabyte
+MOST_ENTRIES = 2**26
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """What is left of a data set after encoding (the mode of q(z | x)) and decoding.
+
+    values: by metric (psnr, mse, and ssim and lpips where they can be had), (N,) float64, one per image. counts: how
+    often each code occurred. position_counts: of each level (positions, K), how often each code occurred at each
+    position, or None where the table is too large or codes are real numbers. features: (N, F), or None without a
+    network. not_measured: why a metric is missing.
+    """
+
+    values: dict[str, Tensor]
+    counts: CodeCounts
+    position_counts: list[Tensor | None]
+    features: Tensor | None
+    not_measured: dict[str, str]
+
+
+@torch.inference_mode()
+def reconstruct(
+    pipeline,
+    images,
+    *,
+    network: FeatureNetwork | None = None,
+    lpips_network: nn.Module | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> Reconstructions:
+    """Encodes and decodes a data set.
+
+    Args:
+        pipeline: a `Pipeline`.
+        images: as of `load_images`.
+        network: computes features of the reconstructions.
+        lpips_network: see `pretrained.lpips_network`; None leaves lpips out.
+        batch_size: images computed at a time.
+        seed: for decoders with latents of their own.
+    """
+    tokenizer, spec = pipeline.tokenizer, pipeline.tokenizer.spec
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "mse": squared_error, "ssim": ssim}
+    if lpips_network is not None:
+        measures["lpips"] = lambda images, targets: lpips(lpips_network, images, targets)
+    columns: dict[str, list[Tensor]] = {}
+    features, not_measured = [], {}
+    counts = CodeCounts(spec).to(pipeline.device)
+    tables = [
+        None if size is None or length * size > MOST_ENTRIES else torch.zeros(length, size, dtype=torch.int64)
+        for length, size in zip(spec.lengths, spec.vocab_sizes)
+    ]
+    for number, batch in enumerate(batches(images, batch_size, "reconstruction")):
+        originals = batch.to(pipeline.device)
+        codes = tokenizer.encode(originals.to(pipeline.dtype))
+        generator = torch.Generator().manual_seed(derived_seed(seed, "reconstruction", number))
+        decoded = tokenizer.decode(codes, generator).float()
+        counts.add(codes)
+        count_positions(tables, codes)
+        for name, measure in list(measures.items()):
+            try:
+                columns.setdefault(name, []).append(measure(decoded, originals).cpu())
+            except NotMeasurableError as error:
+                not_measured[name] = str(error)
+                del measures[name], columns[name]
+        if network is not None:
+            features.append(network(decoded)[0])
+    counts.merge()
+    values = {name: torch.cat(column).double() for name, column in columns.items()}
+    return Reconstructions(values, counts, tables, torch.cat(features) if features else None, not_measured)
+
+
+def count_positions(tables: list[Tensor | None], codes: Codes) -> None:
+    """Adds codes to tables (positions, K) of each level, in place."""
+    for table, code in zip(tables, codes):
+        if table is not None:
+            entries = code.flatten(1).cpu() + torch.arange(len(table)) * table.shape[1]
+            table.view(-1).index_add_(0, entries.flatten(), torch.ones_like(entries).flatten())
+
+
+def squared_error(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean over pixels and channels, (B,)."""
+    return (images - targets).square().flatten(1).mean(dim=1)
+
+
+def ssim(images: Tensor, targets: Tensor) -> Tensor:
+    """Structural similarity of each image (Wang et al. 2004), (B,), for images in [0, 1].
+
+    Raises:
+        NotMeasurableError: images smaller than the window, or torchmetrics is not installed.
+    """
+    side = min(images.shape[2:])
+    if side < SSIM_WINDOW:
+        raise NotMeasurableError(
+            f"SSIM compares windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels, these images have a side of {side}"
+        )
+    import prior  # noqa: F401  its guard lets torchvision import where the operators of its wheel do not load
+
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise NotMeasurableError(f"SSIM needs torchmetrics: pip install 'tessera-codes[metrics]' ({error})") from error
+    values = structural_similarity_index_measure(images.float(), targets.float(), data_range=1.0, reduction="none")
+    return values.reshape(len(images))
+
+
+def lpips(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Distance of each image, (B,), for images (B, 1 or 3, H, W) in [0, 1]; see `pretrained.lpips_network`.
+
+    Raises:
+        NotMeasurableError: images that are too small for AlexNet.
+    """
+    side = min(images.shape[2:])
+    if side < SMALLEST_LPIPS_SIDE:
+        raise NotMeasurableError(
+            f"LPIPS with AlexNet needs images of at least {SMALLEST_LPIPS_SIDE} pixels, these have a side of {side}"
+        )
+    images, targets = (2 * part.float().expand(-1, 3, -1, -1) - 1 for part in (images, targets))
+    return network(images, targets).flatten()
