@@ -1,0 +1,62 @@
+"""Times this library and its peers side by side, in one process and in turn, and measures their memory.
+
+    python scripts/benchmark.py quantizer
+    python scripts/benchmark.py sampling --peer rosinality=../vq-vae-2-pytorch --threads 2
+
+Peers on PyPI take part where they are installed (pip install 'tessera-codes[bench]'), others as work trees. Writes a
+table, JSON and a chart to --output.
+"""
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+BENCHMARKS = {
+    "quantizer": "train step of a vector quantizer",
+    "sampling": "drawing codes from GPT, PixelCNN and PixelSNAIL",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="; ".join(f"{k}: {v}" for k, v in BENCHMARKS.items()))
+    peers = "work tree of rosinality, llamagen, taming or ritheshkumar95; may be repeated"
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help=peers)
+    parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time, more wall time")
+    parser.add_argument("--rounds", type=int, default=5, help="paired measurements of each case")
+    parser.add_argument("--sizes", choices=("quick", "full"), default="full", help="quick: tiny, to see that it works")
+    memory = "memory that a candidate may take where its peak is measured; 0 leaves that out"
+    parser.add_argument("--memory_limit_gb", type=float, default=8.0, help=memory)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "benchmark_results")
+    arguments = parser.parse_args()
+    # Before torch is imported: libraries size their pools then
+    os.environ["OMP_NUM_THREADS"] = str(max(1, arguments.threads))
+
+    from pipelines.runs import run_script
+
+    run_script(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+    from benchmarks.measure import Clock
+    from benchmarks.peers import Peers
+    from benchmarks.report import Report
+
+    for name in ("threads", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if not arguments.memory_limit_gb >= 0:
+        raise ValueError(f"--memory_limit_gb must be at least 0, got {arguments.memory_limit_gb}")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    peers, clock = Peers(arguments.peer), Clock(arguments.threads)
+    report = Report(arguments.benchmark, clock, arguments.rounds, arguments.memory_limit_gb)
+    module = importlib.import_module(f"benchmarks.{arguments.benchmark}")
+    module.run(report, peers, clock, arguments.rounds, arguments.sizes, arguments.memory_limit_gb)
+    report.write(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

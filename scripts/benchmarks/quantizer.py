@@ -1,0 +1,200 @@
+"""Train step of a vector quantizer: forward and backward on a feature map, with the update of the codebook."""
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Clock, compare, peak_memory
+from benchmarks.peers import Peers, load
+from benchmarks.report import Case, Report
+from tokenizer.quantizers import EMAVQ
+from tokenizer.quantizers.nearest import nearest
+
+SIZES = {
+    "quick": [(64, 16, 8)],
+    "full": list(product((4096, 65536), (512, 1024, 8192, 16384), (8, 64, 256))),
+}
+# (side of the feature map) by number of vectors
+SIDES = {64: 4, 4096: 16, 65536: 32}
+# Multiples of the N x K distances that a peer's step was found to hold at once; it is not timed where they do not fit
+LARGEST_MATRIX_GB = 1.1
+OURS, FLOOR = "tessera EMA", "floor: bare GEMM"
+
+
+class Problem:
+    """A feature map (B, D, side, side) of N vectors in all, a gradient of the same shape, and a codebook (K, D)."""
+
+    def __init__(self, num_vectors: int, codebook_size: int, dim: int):
+        generator = torch.Generator().manual_seed(0)
+        side = SIDES[num_vectors]
+        shape = (num_vectors // side**2, dim, side, side)
+        self.size = codebook_size, dim
+        self.features = torch.randn(shape, generator=generator).requires_grad_()
+        self.gradient = torch.randn(shape, generator=generator)
+        self.codebook = torch.randn(codebook_size, dim, generator=generator)
+
+    def step(self, quantize: Callable, parameters=(), after: Callable = lambda: None) -> Callable:
+        """The train step around `quantize`, which gives code vectors like the features, and a loss."""
+        z, loss = quantize(self.features)
+        # what a convolution hands back is laid out in memory as what it was given
+        gradients = [torch.empty_like(z).copy_(self.gradient), torch.ones_like(loss)]
+        inputs = [self.features, *parameters]
+
+        def run():
+            torch.autograd.grad(quantize(self.features), inputs, gradients)
+            after()
+
+        return run
+
+    def vectors(self) -> Tensor:
+        return self.features.detach().movedim(1, -1).flatten(0, -2).contiguous()
+
+
+def ours(problem: Problem) -> Callable:
+    quantizer = EMAVQ(*problem.size, init="normal")
+    quantizer.codebook.copy_(problem.codebook)
+    quantizer.cluster_sum.copy_(problem.codebook)
+
+    def quantize(features):
+        output = quantizer(features)
+        return output.z, output.losses["commitment"]
+
+    return problem.step(quantize, after=quantizer.after_step)
+
+
+def rosinality(problem: Problem, folder: str) -> Callable:
+    quantizer = load(folder, "vqvae").Quantize(problem.size[1], problem.size[0])
+    quantizer.embed.copy_(problem.codebook.T)
+    quantizer.embed_avg.copy_(problem.codebook.T)
+    quantizer.cluster_size.fill_(1)  # from its zero, entries not used at once become infinite
+
+    def quantize(features):
+        z, loss, _ = quantizer(features.permute(0, 2, 3, 1))
+        return z.permute(0, 3, 1, 2), 0.25 * loss
+
+    return problem.step(quantize)
+
+
+def vector_quantize_pytorch(problem: Problem, cosine: bool) -> Callable:
+    from vector_quantize_pytorch import VectorQuantize
+
+    codebook_size, dim = problem.size
+    quantizer = VectorQuantize(
+        dim=dim, codebook_size=codebook_size, decay=0.99, commitment_weight=0.25, accept_image_fmap=True,
+        use_cosine_sim=cosine, rotation_trick=False,
+    )  # fmt: skip
+
+    def quantize(features):
+        z, _, loss = quantizer(features)
+        return z, loss.sum()
+
+    return problem.step(quantize)
+
+
+def diffusers(problem: Problem) -> Callable:
+    import prior  # noqa: F401  its guard, without which a torchvision of another build cannot be imported
+
+    from diffusers.models.autoencoders.vae import VectorQuantizer  # isort: skip
+
+    quantizer = VectorQuantizer(*problem.size, beta=0.25, legacy=False)
+    quantizer.embedding.weight.data.copy_(problem.codebook)
+
+    def quantize(features):
+        z, loss, _ = quantizer(features)
+        return z, loss
+
+    return problem.step(quantize, quantizer.parameters())
+
+
+def taming(problem: Problem, folder: str) -> Callable:
+    quantizer = load(folder, "taming.modules.vqvae.quantize").VectorQuantizer2(*problem.size, beta=0.25, legacy=False)
+    quantizer.embedding.weight.data.copy_(problem.codebook)
+
+    def quantize(features):
+        z, loss, _ = quantizer(features)
+        return z, loss
+
+    return problem.step(quantize, quantizer.parameters())
+
+
+def ritheshkumar95(problem: Problem, folder: str) -> Callable:
+    quantizer = load(folder, "modules").VQEmbedding(*problem.size)
+    quantizer.embedding.weight.data.copy_(problem.codebook)
+
+    def quantize(features):
+        z, z_gradient = quantizer.straight_through(features)
+        return z, F.mse_loss(z_gradient, features.detach()) + 0.25 * F.mse_loss(features, z_gradient.detach())
+
+    return problem.step(quantize, quantizer.parameters())
+
+
+def floor(problem: Problem) -> Callable:
+    """The products of the distances alone, in tiles of 2048 x 1024 at most: what no search can do without."""
+    vectors, codebook = problem.vectors(), problem.codebook
+    rows, columns = min(2048, len(vectors)), min(1024, len(codebook))
+    tile = torch.empty(rows, columns)
+    parts = [(part, entries.T) for part in vectors.split(rows) for entries in codebook.split(columns)]
+
+    def run():
+        for part, entries in parts:
+            torch.mm(part, entries, out=tile)
+
+    return run
+
+
+def build(name: str, size: tuple[int, int, int], folder: str | None = None) -> Callable:
+    """The train step called `name`; at the top level of a module, so that a process of its own can make it."""
+    problem = Problem(*size)
+    makers = {
+        OURS: ours,
+        "vector-quantize-pytorch EMA": lambda p: vector_quantize_pytorch(p, cosine=False),
+        "vector-quantize-pytorch EMA cosine": lambda p: vector_quantize_pytorch(p, cosine=True),
+        "diffusers gradient": diffusers,
+        FLOOR: floor,
+    }
+    if folder is None:
+        return makers[name](problem)
+    return {"rosinality EMA": rosinality, "taming gradient": taming, "ritheshkumar95 gradient": ritheshkumar95}[name](
+        problem, folder
+    )
+
+
+def names(peers: Peers) -> dict[str, str | None]:
+    """Candidates and the work trees that they are in."""
+    found: dict[str, str | None] = {OURS: None}
+    if peers.has("vector_quantize_pytorch"):
+        found |= {"vector-quantize-pytorch EMA": None, "vector-quantize-pytorch EMA cosine": None}
+    if peers.has("diffusers"):
+        found["diffusers gradient"] = None
+    for name, label in (("rosinality", "EMA"), ("taming", "gradient"), ("ritheshkumar95", "gradient")):
+        if peers.has(name):
+            found[f"{name} {label}"] = str(peers.folders[name])
+    return {**found, FLOOR: None}
+
+
+def mismatches(problem: Problem) -> int:
+    """Codes that differ from those of the N x K matrix of distances as a whole."""
+    vectors, codebook = problem.vectors(), problem.codebook
+    distances = torch.addmm(codebook.square().sum(dim=1) / 2, vectors, codebook.T, alpha=-1)
+    return int((distances.argmin(dim=1) != nearest(vectors, codebook)).sum())
+
+
+def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, memory_gb: float) -> None:
+    for size in SIZES[sizes]:
+        matrix_gb = size[0] * size[1] * 4 / 1e9
+        fits = matrix_gb <= LARGEST_MATRIX_GB
+        candidates = {name: folder for name, folder in names(peers).items() if fits or name in (OURS, FLOOR)}
+        timings = compare({n: build(n, size, folder) for n, folder in candidates.items()}, clock, rounds)
+        case = Case(dict(zip(("vectors", "codes", "dim"), size)))
+        case.add(timings, references=(FLOOR, OURS))
+        if memory_gb:
+            for name, folder in names(peers).items():
+                case.peak_bytes[name] = peak_memory(
+                    build, (name, size, folder), (name, SIZES["quick"][0], folder), memory_gb
+                )
+        if fits:
+            case.checks["codes that differ from the whole matrix's"] = mismatches(Problem(*size))
+        report.add(case)

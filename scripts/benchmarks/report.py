@@ -1,0 +1,165 @@
+"""What a benchmark leaves: a table on the screen, and JSON, Markdown and a chart in a folder."""
+
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.floors import machine_floors
+from benchmarks.measure import Clock, Timing
+from pipelines.files import atomic_file, write_json_atomic
+
+PACKAGES = ("torch", "numpy", "transformers", "diffusers", "vector-quantize-pytorch", "lmdb")
+
+
+@dataclass
+class Case:
+    """One configuration.
+
+    parameters: its sizes; seconds: median of each candidate; ratios: for each reference, each candidate's time in units
+    of it (first quartile, median, third quartile); peak_bytes: beyond what was there before, None where the limit did
+    not suffice; checks: other numbers, by what they count.
+    """
+
+    parameters: dict[str, int | str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    peak_bytes: dict[str, int | None] = field(default_factory=dict)
+    checks: dict[str, float] = field(default_factory=dict)
+
+    def add(self, timings: dict[str, Timing], references: tuple[str, ...]) -> None:
+        self.seconds = {name: timing.median for name, timing in timings.items()}
+        self.ratios = {
+            reference: {name: timing.ratios(timings[reference]) for name, timing in timings.items()}
+            for reference in references
+            if reference in timings
+        }
+
+    @property
+    def title(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+
+    def table(self) -> list[list[str]]:
+        """Header and rows: a candidate's time, its ratios and its memory."""
+        header = ["", "ms", *(f"x {reference}" for reference in self.ratios)]
+        names = list(dict.fromkeys([*self.seconds, *self.peak_bytes]))
+        rows = []
+        for name in names:
+            seconds = self.seconds.get(name)
+            row = [name, "-" if seconds is None else f"{seconds * 1e3:.3g}"]
+            row += [_spread(ratios.get(name)) for ratios in self.ratios.values()]
+            if self.peak_bytes:
+                row.append(_megabytes(self.peak_bytes, name))
+            rows.append(row)
+        return [header + ["peak MB"] * bool(self.peak_bytes), *rows]
+
+
+class Report:
+    """The cases of one benchmark, printed as they come.
+
+    Args:
+        benchmark: its name.
+        clock: what time was measured.
+        rounds: paired measurements per case.
+        memory_gb: limit of the processes in which memory was measured.
+    """
+
+    def __init__(self, benchmark: str, clock: Clock, rounds: int, memory_gb: float):
+        self.benchmark = benchmark
+        self.cases: list[Case] = []
+        self.head = {
+            "benchmark": benchmark,
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(clock.threads),
+            "versions": installed(PACKAGES),
+            "clock": clock.name,
+            "rounds": rounds,
+            "memory_limit_gb": memory_gb,
+            "floors": machine_floors(clock),
+        }
+        print(f"{benchmark}: {self.head['machine']['cpu']}, {clock.name} of {clock.threads} thread(s), medians of "
+              f"{rounds} paired rounds with quartiles; "
+              + ", ".join(f"{name} {value:.3g}" for name, value in self.head["floors"].items()))  # fmt: skip
+
+    def add(self, case: Case) -> None:
+        self.cases.append(case)
+        print(f"\n{case.title}")
+        for line in _aligned(case.table()):
+            print("  " + line)
+        for what, value in case.checks.items():
+            print(f"  {what}: {value:.4g}")
+
+    def write(self, folder: Path) -> None:
+        """NAME.json, NAME.md and, where matplotlib is installed, NAME.png."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(folder / f"{self.benchmark}.json", {**self.head, "cases": [asdict(c) for c in self.cases]})
+        with atomic_file(folder / f"{self.benchmark}.md") as file:
+            file.write(self.markdown().encode())
+        try:
+            from benchmarks.chart import draw
+        except ModuleNotFoundError:
+            print("no chart: pip install 'tessera-codes[bench]'")
+        else:
+            draw(self, folder / f"{self.benchmark}.png")
+
+    def markdown(self) -> str:
+        head = self.head
+        lines = [
+            f"# {self.benchmark}",
+            "",
+            f"{head['date']}, {head['machine']['cpu']}, {head['clock']} of {head['machine']['threads']} thread(s), "
+            + ", ".join(f"{name} {number}" for name, number in head["versions"].items())
+            + f". Medians of {head['rounds']} rounds; ratios are paired within a round, with quartiles.",
+            "",
+            "Machine: " + ", ".join(f"{name} {value:.3g}" for name, value in head["floors"].items()) + ".",
+        ]
+        for case in self.cases:
+            header, *rows = case.table()
+            lines += ["", f"## {case.title}", "", _markdown_row(header), _markdown_row(["---"] * len(header))]
+            lines += [_markdown_row(row) for row in rows]
+            lines += ["", *(f"{what}: {value:.4g}" for what, value in case.checks.items())] if case.checks else []
+        return "\n".join(lines) + "\n"
+
+
+def machine(threads: int) -> dict:
+    """The CPU's name, and how many of its cores this process may use and did use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "threads": threads, "system": platform.system()}
+
+
+def installed(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = torch.__version__ if package == "torch" else version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _spread(ratios: list[float] | None) -> str:
+    if ratios is None:
+        return "-"
+    low, middle, high = ratios
+    return f"{middle:.3g} ({low:.3g}-{high:.3g})"
+
+
+def _megabytes(peaks: dict[str, int | None], name: str) -> str:
+    if name not in peaks:
+        return "-"
+    return "over the limit" if peaks[name] is None else f"{peaks[name] / 1e6:.3g}"
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
