@@ -88,7 +88,7 @@ def grid_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _draw_histogram(panel, counts: Tensor) -> None:
     shares = (counts / counts.sum().clamp(min=1)).sort(descending=True).values
-    panel.fill_between(range(len(shares)), shares, step="mid", linewidth=0.5)
+    panel.stairs(shares.numpy(), fill=True)
     panel.axhline(1 / len(shares), color="grey", linestyle="--", linewidth=1, label="all equally often")
     panel.set(title="how often codes occur", xlabel="codes, commonest first", ylabel="share")
     panel.set_ylim(bottom=0)
@@ -135,6 +135,7 @@ def _draw_positions(figure, panels, spec: CodeSpec, level: int, position_counts:
         picture = panel.imshow(grid.view(rows, columns).numpy(), cmap="magma", vmin=0)
         figure.colorbar(picture, ax=panel, label=label)
         panel.set(title=title, xlabel="column", ylabel="row")
+        panel.locator_params(integer=True)
     if rows * columns <= 100:  # the numbers of the codes can still be read
         for position, code in enumerate(position_counts.argmax(dim=1).tolist()):
             row, column = divmod(position, columns)

@@ -26,7 +26,7 @@ GROUPS = ("likelihood", "reconstruction", "codebook", "samples", "memorisation")
 # Of these, what compares with the images that the model was trained on
 NEED_TRAINING_IMAGES = ("reconstruction", "samples", "memorisation")
 ENCODED = "mode of q(codes | image)"
-EIGHT_BITS = "rounded to 8 bits"
+EIGHT_BITS = "means of p(x | codes), rounded to 8 bits"
 
 
 def evaluate(
@@ -60,7 +60,8 @@ def evaluate(
     - ood_auroc_NAME for each other data set: see `pipelines.ood.auroc`.
 
     The features are Inception's where its weights are given. Else they are those of a small classifier that is trained
-    here on the data set itself, and the names end in _classifier: such numbers do not compare with any FID.
+    here on the data set itself, and the names end in _classifier: such numbers do not compare with any FID. What is
+    compared are means of p(x | codes): grey, and far from images of two values that the features were learned on.
 
     Args:
         pipeline: a `Pipeline`.

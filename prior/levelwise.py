@@ -98,6 +98,17 @@ class Condition(nn.Module):
         return x
 
 
+def pointwise(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """(B, out) from x (B, in): 1x1 convolutions and what is between them, at one position.
+
+    As matrix products they take a third of the time that convolutions of a single position take.
+    """
+    for layer in layers:
+        is_convolution = isinstance(layer, nn.Conv2d)
+        x = F.linear(x, layer.weight.flatten(1), layer.bias) if is_convolution else layer(x)
+    return x
+
+
 class ResidualBlock(nn.Module):
     """x + conv(relu(conv(relu(x))))."""
 

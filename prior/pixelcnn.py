@@ -3,12 +3,12 @@
 from collections.abc import Generator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.base import check_fraction, check_positive
 from prior.levelwise import LevelNetwork, LevelwiseConfig, LevelwisePrior
+from prior.pixelcnn_steps import Steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def gate(x: Tensor) -> Tensor:
 class GatedLayer(nn.Module):
     """One layer of Fig. 2: a vertical stack that sees the rows above, a horizontal one that also sees the left.
 
-    Both convolutions expect padded inputs, so that training (a whole map) and sampling (one window) share them.
+    Both convolutions expect padded inputs. `prior.pixelcnn_steps` computes the same window by window.
     """
 
     def __init__(self, dim: int, kernel_size: int, dropout: float):
@@ -97,41 +97,7 @@ class GatedPixelCNN(LevelNetwork):
         return self.head(horizontal)
 
     def steps(self, condition: Tensor) -> Generator[Tensor, Tensor, Tensor]:
-        """Computes the vertical stack once per row and the horizontal one once per code.
-
-        All that a layer needs of the past is its convolutions' windows: the padded rows above, the columns to the left.
-        """
-        batch, dim, height, width = condition.shape
-        codes = torch.zeros(batch, height, width, dtype=torch.int64, device=condition.device)
-        nothing = condition.new_zeros(batch, dim, 1, width)  # above the first row, and left of the first column
-        above = [condition.new_zeros(batch, dim, self.reach + 1, width + 2 * self.reach) for _ in self.layers]
-        for row in range(height):
-            vertical = nothing if row == 0 else self.embedding(codes[:, row - 1, None]).movedim(-1, 1)
-            contexts = self._vertical_row(vertical, above, condition[:, :, row, None])
-            left = [condition.new_zeros(batch, dim, 1, self.reach + 1) for _ in self.layers]
-            for column in range(width):
-                previous = (
-                    self.embedding(codes[:, row, column - 1])[..., None, None] if column > 0 else nothing[..., :1]
-                )
-                horizontal = self._horizontal_column(previous, left, [c[..., column, None] for c in contexts])
-                codes[:, row, column] = yield self.head(horizontal)[..., 0, 0]
-        return codes
-
-    def _vertical_row(self, vertical: Tensor, above: list[Tensor], condition: Tensor) -> list[Tensor]:
-        """Moves the windows `above` down by a row; returns what each layer's horizontal stack hears in that row."""
-        contexts = []
-        for i, layer in enumerate(self.layers):
-            above[i] = torch.cat([above[i][:, :, 1:], F.pad(vertical, (self.reach, self.reach))], dim=2)
-            vertical, context = layer.vertical_step(above[i], layer.condition(condition))
-            contexts.append(context)
-        return contexts
-
-    def _horizontal_column(self, horizontal: Tensor, left: list[Tensor], contexts: list[Tensor]) -> Tensor:
-        """Moves the windows `left` on by a column; returns the last horizontal features (B, D, 1, 1) there."""
-        for i, (layer, context) in enumerate(zip(self.layers, contexts)):
-            left[i] = torch.cat([left[i][..., 1:], horizontal], dim=-1)
-            horizontal = layer.horizontal_step(horizontal, left[i], context)
-        return horizontal
+        return Steps(self, condition).codes()
 
 
 class PixelCNN(LevelwisePrior):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.base import check_fraction, check_positive
-from prior.levelwise import LevelNetwork, LevelwiseConfig, LevelwisePrior
+from prior.levelwise import LevelNetwork, LevelwiseConfig, LevelwisePrior, pointwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +85,13 @@ class PixelSNAILNetwork(LevelNetwork):
             above = self.above(embedded[:, :, row : row + reach])
             contexts = [block.contexts(condition[:, :, row, None]) for block in self.blocks]
             for column in range(width):
-                x = above[..., column, None] + self.left(embedded[:, :, row : row + reach + 1, column : column + reach])
+                window = embedded[:, :, row : row + reach + 1, column : column + reach].flatten(1)
+                x = F.linear(window, self.left.weight.flatten(1), self.left.bias)[..., None, None]
+                x = x + above[..., column, None]
                 here = place[:, :, row, column, None, None]
                 for block, maps in zip(self.blocks, contexts):
                     x = block.step(x, [context[..., column, None] for context in maps], here, memory)
-                codes[:, row, column] = yield self.head(x)[..., 0, 0]
+                codes[:, row, column] = yield pointwise(self.head, x.flatten(1))
                 code = self.embedding(codes[:, row, column])[..., None, None]
                 embedded[:, :, reach + row, reach + column] = code[..., 0, 0]
                 for block in self.blocks:
@@ -180,25 +182,21 @@ class CausalAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, place: Tensor, embedded: Tensor) -> Tensor:
-        key, value = (F.pad(part, (0, 0, 1, -1)) for part in self._keys_values(x, place, embedded))
-        mixed = F.scaled_dot_product_attention(self._queries(x, place), key, value, is_causal=True)
+        query = self._heads(self.query(torch.cat([x, place], dim=1)))
+        key_value = self.key_value(torch.cat([x, embedded, place], dim=1))
+        key, value = (F.pad(self._heads(part), (0, 0, 1, -1)) for part in key_value.chunk(2, dim=1))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return mixed.mT.flatten(1, 2).unflatten(-1, x.shape[2:])
 
     def step(self, x: Tensor, place: Tensor, past: "KeysValues") -> Tensor:
         """For the next position, whose code comes later by `append`."""
         past.features = x
-        query = self._queries(x, place)
+        query = self._heads(pointwise(self.query, torch.cat([x, place], dim=1).flatten(1))[..., None])
         return F.scaled_dot_product_attention(query, *past.so_far(query)).mT.flatten(1, 2)[..., None]
 
     def append(self, code: Tensor, place: Tensor, past: "KeysValues") -> None:
-        past.append(*self._keys_values(past.features, place, code))
-
-    def _queries(self, x: Tensor, place: Tensor) -> Tensor:
-        return self._heads(self.query(torch.cat([x, place], dim=1)))
-
-    def _keys_values(self, x: Tensor, place: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
-        key, value = self.key_value(torch.cat([x, embedded, place], dim=1)).chunk(2, dim=1)
-        return self._heads(key), self._heads(value)
+        key_value = pointwise(self.key_value, torch.cat([past.features, code, place], dim=1).flatten(1))
+        past.append(*(self._heads(part[..., None]) for part in key_value.chunk(2, dim=1)))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, heads, h * w, head_dim)"""

@@ -58,7 +58,7 @@ class Options:
     metrics: list[Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation"]] | None = None
     num_draws: int = 1
     num_samples: int = 1000
-    ood: list[str] | None = None
+    ood: list[str] | str | None = None
     inception_weights: str | None = None
     lpips_weights: str | None = None
     cache: str = "runs/.evaluation_cache"
@@ -99,7 +99,7 @@ def main() -> None:
             pipeline,
             images,
             train_images,
-            ood=config["ood"] or (),
+            ood=[config["ood"]] if isinstance(config["ood"], str) else config["ood"] or (),
             folder=run / "evaluation",
             **{name: config[name] for name in options},
         ),

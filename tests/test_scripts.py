@@ -177,12 +177,15 @@ def test_finished_commands_run_again_change_nothing(run_folder):
 def test_a_prior_in_a_folder_of_its_own_can_be_evaluated(run_folder, tmp_path):
     done = run(tmp_path, "train_prior", "--run", str(run_folder), "--output", "own", *TINY_PRIOR, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
-    done = run(tmp_path, "evaluate", "--run", "own", "--data.max_images", "20", "--metrics", "[likelihood]")
+    done = run(
+        tmp_path, "evaluate", "--run", "own", "--data.max_images", "20", "--metrics", "[likelihood]", "--ood", "noise"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "bits_per_dim" in done.stdout
+    assert "ood_auroc_noise" in done.stdout
     assert "psnr" not in done.stdout
     done = run(tmp_path, "evaluate", "--run", "own", "--metrics", "[likelyhood]")
-    assert "unknown value 'likelyhood'" in done.stderr or "likelihood" in done.stderr
+    assert "did you mean 'likelihood'" in done.stderr
     assert done.returncode == 2
 
 

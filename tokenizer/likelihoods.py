@@ -268,10 +268,11 @@ def log_bin_mass(log_cdf, values: Tensor, num_values: int, location: Tensor, inv
     upper = ((values + 0.5) / (num_values - 1) - location) * inverse_scale
     lower = ((values - 0.5) / (num_values - 1) - location) * inverse_scale
     # log(cdf(u) - cdf(l)) = log cdf(u) + log(1 - exp(log cdf(l) - log cdf(u))). Mirrored to the lower tail, where
-    # log cdf is exact; in the upper tail it would be the logarithm of a difference of ones.
-    mirrored = upper + lower > 0
+    # log cdf is exact; in the upper tail it would be the logarithm of a difference of ones. An open bin has no second
+    # term, and the last one is the mirrored first. log cdf is the dear part: twice is enough.
+    first, last = values == 0, values == num_values - 1
+    mirrored = last | (~first & (upper + lower > 0))
     high = log_cdf(torch.where(mirrored, -lower, upper))
     low = log_cdf(torch.where(mirrored, -upper, lower))
-    inside = high + torch.log(-torch.expm1((low - high).clamp(max=-1e-10)))
-    edges = torch.where(values == 0, log_cdf(upper), log_cdf(-lower))
-    return torch.where((values == 0) | (values == num_values - 1), edges, inside)
+    inside = torch.log(-torch.expm1((low - high).clamp(max=-1e-10)))
+    return high + torch.where(first | last, 0.0, inside)
