@@ -14,6 +14,7 @@ from pathlib import Path
 
 BENCHMARKS = {
     "quantizer": "train step of a vector quantizer",
+    "tokenizer": "train step of a VQ-VAE-2",
     "sampling": "drawing codes from GPT, PixelCNN and PixelSNAIL",
 }
 

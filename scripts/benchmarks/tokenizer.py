@@ -58,7 +58,8 @@ def diffusers(batch: int, side: int) -> Callable:
     from diffusers import VQModel  # isort: skip
 
     model = VQModel(
-        block_out_channels=(64, 128), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=LATENT, num_vq_embeddings=CODES, vq_embed_dim=LATENT,
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
