@@ -16,6 +16,9 @@ BENCHMARKS = {
     "quantizer": "train step of a vector quantizer",
     "tokenizer": "train step of a VQ-VAE-2",
     "sampling": "drawing codes from GPT, PixelCNN and PixelSNAIL",
+    "codes": "writing a data set's codes and reading them back",
+    "boltzmann": "block Gibbs sampling of a Boltzmann machine",
+    "training": "what the training loop adds to a step, and the time to import and load",
 }
 
 

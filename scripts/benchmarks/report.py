@@ -88,7 +88,7 @@ class Report:
     def add(self, case: Case) -> None:
         self.cases.append(case)
         print(f"\n{case.title}")
-        for line in _aligned(case.table()):
+        for line in _aligned(case.table()) if case.seconds else []:
             print("  " + line)
         for what, value in case.checks.items():
             print(f"  {what}: {value:.4g}")
@@ -119,9 +119,10 @@ class Report:
         ]
         for case in self.cases:
             header, *rows = case.table()
-            lines += ["", f"## {case.title}", "", _markdown_row(header), _markdown_row(["---"] * len(header))]
-            lines += [_markdown_row(row) for row in rows]
-            lines += ["", *(f"{what}: {value:.4g}" for what, value in case.checks.items())] if case.checks else []
+            lines += ["", f"## {case.title}", ""]
+            if rows:
+                lines += [_markdown_row(row) for row in (header, ["---"] * len(header), *rows)] + [""]
+            lines += [f"- {what}: {value:.4g}" for what, value in case.checks.items()]
         return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,142 @@
+"""What the training loop adds to a step of a small model, and how long it takes to import the library and to load."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measure import Clock, compare
+from benchmarks.peers import Peers
+from benchmarks.report import Case, Report
+from pipelines.images import DataConfig, load_images
+from pipelines.launch import make_accelerator
+from pipelines.objectives import Objective
+from pipelines.training import TrainingConfig, Update, adamw, fit
+from pipelines.two_stage import Pipeline
+from prior.base import CodeSpec
+from tokenizer import VQVAE, VQVAEConfig
+
+STEPS = {"quick": (2, 4), "full": (50, 350)}
+BATCH, HIDDEN = 100, 200
+LOOP, BARE = "tessera loop", "bare step: forward, backward, AdamW"
+# CPU and wall seconds of the import, then of the load beyond it
+PROBE = """
+import sys, time
+start = time.process_time(), time.perf_counter()
+from pipelines import Pipeline
+imported = time.process_time(), time.perf_counter()
+Pipeline.from_pretrained(sys.argv[1])
+loaded = time.process_time(), time.perf_counter()
+print(*(b - a for a, b in zip(start, imported)), *(b - a for a, b in zip(imported, loaded)))
+"""
+
+
+class Autoencoder(nn.Module):
+    """D-200-200-200-200-D, small enough for whatever the loop adds to show."""
+
+    def __init__(self, num_dims: int):
+        super().__init__()
+        sizes = [num_dims, HIDDEN, HIDDEN, HIDDEN, HIDDEN, num_dims]
+        layers = [part for n, m in pairwise(sizes) for part in (nn.Linear(n, m), nn.Tanh())]
+        self.layers = nn.Sequential(*layers[:-1])
+
+
+class BinaryLoss(Objective):
+    def __init__(self, num_dims: int):
+        super().__init__()
+        self.model = Autoencoder(num_dims)
+
+    def forward(self, batch: dict, step: int | None = None) -> dict[str, Tensor]:
+        pixels = batch["image"].flatten(1)
+        nll = F.binary_cross_entropy_with_logits(self.model.layers(pixels), pixels, reduction="none").sum(dim=1)
+        return {"nll": nll.mean() if self.training else nll}
+
+
+def data():
+    """Digits of 28x28 pixels, binarised anew each epoch."""
+    config = DataConfig(image_size=(28, 28), binarize="stochastic", validation_fraction=0.06)
+    train = load_images(config, "train")
+    return train, load_images(train.config, "validation")
+
+
+def bare(num_steps: int, images) -> Callable:
+    objective = BinaryLoss(784)
+    optimizer = adamw(objective, TrainingConfig())
+    batch = images.__getitems__([(index, 0) for index in range(BATCH)])
+
+    def run():
+        for _ in range(num_steps):
+            sum(objective(batch).values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def loop(num_steps: int, images, validation) -> Callable:
+    def run():
+        torch.manual_seed(0)
+        objective = BinaryLoss(784)
+        config = TrainingConfig(total_steps=num_steps, batch_size=BATCH, tracker="none", cpu=True)
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            updates = [Update("model", objective, adamw(objective, config))]
+            with redirect_stdout(StringIO()):  # it says what it validates
+                accelerator = make_accelerator(config, folder)
+                fit(accelerator, updates, images, validation, folder=folder, config=config, resolved={})
+
+    return run
+
+
+def start_up(folder: Path) -> list[float]:
+    """See `PROBE`; in a process of its own, started here so that the library's folder is on its path."""
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(folder)], cwd=root, capture_output=True, text=True, check=True
+    )
+    return [float(number) for number in done.stdout.split()]
+
+
+def save_pipeline(folder: Path) -> None:
+    """A pipeline of the quickstart's kind: a VQ-VAE of 8x8 images and a GPT."""
+    from pipelines.checkpoint import fingerprint
+    from prior.gpt import GPT, GPTConfig
+
+    config = VQVAEConfig(image_shape=(1, 8, 8), downsample_factor=2, network={"type": "conv", "hidden_dim": 64})
+    tokenizer = VQVAE(config)
+    spec = CodeSpec(tokenizer.spec.shapes, tokenizer.spec.vocab_sizes)
+    prior = GPT(GPTConfig(spec=spec, num_classes=10, tokenizer_fingerprint=fingerprint(tokenizer)))
+    Pipeline(tokenizer, prior, class_names=[str(digit) for digit in range(10)]).save_pretrained(folder)
+
+
+def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, memory_gb: float) -> None:
+    few, many = STEPS[sizes]
+    images, validation = data()
+    # What a step costs is the difference of a long and a short run: both start, evaluate and save once
+    candidates = {n: bare(n, images) for n in (few, many)} | {-n: loop(n, images, validation) for n in (few, many)}
+    timings = compare(candidates, clock, rounds, shortest=0.0)
+    for name, sign in ((BARE, 1), (LOOP, -1)):
+        pairs = zip(timings[sign * many].seconds, timings[sign * few].seconds)
+        timings[name] = type(timings[few])([(long - short) / (many - few) for long, short in pairs])
+    case = Case({"model": "784-200-200-200-200-784", "batch": BATCH})
+    case.add({name: timings[name] for name in (LOOP, BARE)}, references=(BARE,))
+    added = (case.seconds[LOOP] - case.seconds[BARE]) * 1e3
+    case.checks["ms that the loop adds to a step, fresh binarisation of the batch included"] = added
+    report.add(case)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pipeline(Path(folder))
+        starts = [start_up(Path(folder)) for _ in range(rounds)]
+    case = Case({"what": "import and load"})
+    middle = [sorted(numbers)[len(starts) // 2] for numbers in zip(*starts)]
+    names = ("CPU seconds of the import", "seconds of the import", "CPU seconds of from_pretrained beyond it",
+             "seconds of from_pretrained beyond it")  # fmt: skip
+    case.checks = dict(zip(names, middle))
+    report.add(case)
