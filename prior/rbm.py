@@ -141,9 +141,15 @@ class RBM(BitPrior):
             products, left, right = left.T @ right / len(left), left.mean(0), right.mean(0)
         return (self.weight * products).sum() + self.left_bias @ left + self.right_bias @ right
 
-    @torch.compiler.disable  # keeps torch's own random numbers, and gains nothing: the time is in matrix products
     def _move_chains(self, parameters: Boltzmann) -> Tensor:
-        """The left states (num_chains, n1) after one training step's sweeps."""
+        """The left states (num_chains, n1) after one training step's sweeps; never compiled.
+
+        That keeps torch's own random numbers, and nothing is lost: the time is in matrix products.
+        """
+        # As a decorator it would import torch's compiler, which takes a second, together with this package
+        return torch.compiler.disable(self._sweep_chains)(parameters)
+
+    def _sweep_chains(self, parameters: Boltzmann) -> Tensor:
         if not self._started:  # asked once: a device would have to be waited for each time
             if self.num_updates == 0:
                 self.start_chains()  # not at construction, so that each process starts its own

@@ -553,8 +553,8 @@ def test_training_under_bf16_autocast_keeps_weights_and_codebook_in_float32(mode
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
-@pytest.mark.parametrize("model", ["vqvae-ema_vq", "gpt"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch's own compiler
+@pytest.mark.parametrize("model", ["vqvae-ema_vq", "gpt", "rbm"])
 def test_a_compiled_model_trains_alike_and_is_saved_under_the_same_names(model, tmp_path):
     compiled = train(model, tmp_path / "compiled", replace(CONFIG, compile=True))
     plain = train(model, tmp_path / "plain")
