@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipelines.captions import NAMES, has_captions, read_captions
 from pipelines.preprocessing import BadImageError, load, naming_image
 
 VALIDATION_FOLDERS = ("validation", "val", "valid")
@@ -106,7 +107,10 @@ def _extensions() -> set[str]:
 
 
 class FolderSource(Source):
-    """Image files, with or without one folder per class, with or without train/ validation/ test/ above them."""
+    """Image files, with or without one folder per class, with or without train/ validation/ test/ above them.
+
+    Captions are read from the folder's metadata.jsonl or metadata.csv, see `read_captions`.
+    """
 
     def __init__(self, root: Path, split: str):
         if not root.is_dir():
@@ -114,8 +118,11 @@ class FolderSource(Source):
         self.folder, self.carved = _split_folder(root, split)
         self.where = str(self.folder)
         self.class_names, self.paths, self.labels = _list_images(self.folder)
+        self.captions = read_captions(self.folder, self.paths)
+        self.has_captions = self.captions is not None
         if (root / "train").is_dir() and self.folder != root / "train":
             self._use_classes(_class_folders(root / "train"))
+            self._check_captions(root / "train")
         self.formats = _formats()
         self.probe_count = len(self)
 
@@ -129,6 +136,15 @@ class FolderSource(Source):
             raise ValueError(f"{self.folder}: classes {self.class_names} do not match those of training, {names}")
         self.labels = [names.index(self.class_names[label]) for label in self.labels] if names else self.labels
         self.class_names = names
+
+    def _check_captions(self, train: Path) -> None:
+        """A held-out folder has captions if that of training has, or stage two would find out."""
+        if self.has_captions != has_captions(train):
+            having, lacking = (self.folder, train) if self.has_captions else (train, self.folder)
+            raise ValueError(f"{having} has captions and {lacking} has none; give both a {NAMES[0]}, or neither")
+
+    def caption(self, index: int) -> str:
+        return self.captions[index]
 
     def name(self, index: int) -> str:
         return str(self.folder / self.paths[index])

@@ -1,0 +1,85 @@
+"""Captions of a folder of images, as Hugging Face's image folders hold them: metadata.jsonl or metadata.csv."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+NAMES = ("metadata.jsonl", "metadata.csv")
+
+
+def read_captions(folder: Path, images: list[str]) -> list[str] | None:
+    """The caption of each image: the field "text" beside the field "file_name", which is a path below `folder`.
+
+    Args:
+        folder: the folder of a split.
+        images: paths relative to it.
+    Returns:
+        None if there is no metadata, or none of it has a field "text".
+    Raises:
+        ValueError: an image without a caption or with two, a file that cannot be read, or both kinds of file.
+    """
+    path, rows = _metadata(folder)
+    if not _hold_captions(rows):
+        return None
+    captions: dict[str, str] = {}
+    for line, row in rows:
+        name, text = row.get("file_name"), row.get("text")
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{path}, line {line}: 'file_name' and 'text' must be strings with something in them")
+        name = Path(name).as_posix()
+        if name in captions:
+            raise ValueError(f"{path}, line {line}: {name} has a caption already; an image has one")
+        captions[name] = text
+    missing = [image for image in images if image not in captions]
+    if missing:
+        raise ValueError(
+            f"{path} has no caption for {len(missing)} of {len(images)} images, {missing[0]} the first; add them, or "
+            "remove the images"
+        )
+    return [captions[image] for image in images]
+
+
+def has_captions(folder: Path) -> bool:
+    """Whether the folder's metadata have captions, whatever its images. Raises as `read_captions`."""
+    return _hold_captions(_metadata(folder)[1])
+
+
+def _hold_captions(rows: list[tuple[int, dict]]) -> bool:
+    return any("text" in row for _, row in rows)
+
+
+def _metadata(folder: Path) -> tuple[Path | None, list[tuple[int, dict]]]:
+    """The folder's file of metadata, and its rows with their line numbers."""
+    found = [folder / name for name in NAMES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{folder} has both {NAMES[0]} and {NAMES[1]}; keep one")
+    if not found:
+        return None, []
+    return found[0], list(_json_rows(found[0]) if found[0].suffix == ".jsonl" else _csv_rows(found[0]))
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    for line, text in enumerate(_text(path).split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}, is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {line}, must be an object with 'file_name' and 'text', not {text[:40]!r}")
+        yield line, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+    for row in reader:
+        yield reader.line_num, row
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # some spreadsheets begin with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error

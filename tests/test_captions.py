@@ -1,0 +1,153 @@
+"""Captions of users' own folders, from metadata.jsonl or metadata.csv to the prior's prefix."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from pipelines.captions import read_captions
+from pipelines.images import DataConfig, load_images
+from pipelines.two_stage import Pipeline
+
+ROWS = [{"file_name": f"{name}.png", "text": f"the letter {name}, 'quoted', \u00e9"} for name in "abcd"]
+IMAGES = [row["file_name"] for row in ROWS]
+TEXTS = [row["text"] for row in ROWS]
+
+
+def write(folder, rows, kind="jsonl"):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"metadata.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def save_images(folder, names):
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number * 40).save(folder / name)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_captions_are_found_by_file_name_in_the_order_of_the_images(kind, tmp_path):
+    write(tmp_path, [{**row, "other": "field"} for row in ROWS[::-1]], kind)
+    assert read_captions(tmp_path, IMAGES) == TEXTS
+    assert read_captions(tmp_path, IMAGES[2:]) == TEXTS[2:]
+
+
+def test_a_csv_may_begin_with_a_byte_order_mark_and_hold_line_breaks(tmp_path):
+    (tmp_path / "metadata.csv").write_bytes(b'\xef\xbb\xbffile_name,text\r\na.png,"two\nlines"\r\n')
+    assert read_captions(tmp_path, ["a.png"]) == ["two\nlines"]
+
+
+def test_no_metadata_or_none_with_text_means_no_captions(tmp_path):
+    assert read_captions(tmp_path, IMAGES) is None
+    write(tmp_path, [{"file_name": "a.png", "width": 3}])
+    assert read_captions(tmp_path, IMAGES) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (ROWS[:2], r"no caption for 2 of 4 images, c\.png the first"),
+        ([*ROWS, ROWS[1]], r"line 5: b\.png has a caption already"),
+        ([*ROWS[:3], {"file_name": "d.png", "text": 7}], "line 4: 'file_name' and 'text' must be strings"),
+        ([*ROWS[:3], {"file_name": "d.png", "text": " "}], "line 4"),
+        ([*ROWS[:3], {"file_name": "d.png"}], "line 4"),
+    ],
+)
+def test_captions_that_are_not_one_to_each_image_are_refused_by_name(rows, message, tmp_path):
+    write(tmp_path, rows)
+    with pytest.raises(ValueError, match=message):
+        read_captions(tmp_path, IMAGES)
+
+
+def test_files_that_cannot_be_read_are_refused_by_line(tmp_path):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text('{"file_name": "a.png", "text": "x"}\n\n{"file_name": \n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 3, is not JSON"):
+        read_captions(tmp_path, ["a.png"])
+    path.write_text('["a.png", "x"]\n')
+    with pytest.raises(ValueError, match="line 1, must be an object"):
+        read_captions(tmp_path, ["a.png"])
+    path.write_bytes(b'{"file_name": "a.png", "text": "\xff"}\n')
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_captions(tmp_path, ["a.png"])
+    write(tmp_path, ROWS, "csv")
+    with pytest.raises(ValueError, match=r"both metadata\.jsonl and metadata\.csv"):
+        read_captions(tmp_path, IMAGES)
+
+
+def test_images_carry_their_captions_through_the_carving_of_splits(tmp_path):
+    names = [f"{kind}/{number:03}.png" for kind in ("cat", "dog") for number in range(20)]
+    save_images(tmp_path, names)
+    write(tmp_path, [{"file_name": name, "text": f"picture {name}"} for name in names])
+    seen = []
+    for split in ("train", "validation", "test"):
+        images = load_images(DataConfig(name="folder", root=str(tmp_path)), split)
+        expected = [f"picture {images.source.paths[index]}" for index in images._indices]
+        assert images.captions == expected
+        seen += expected
+    assert sorted(seen) == sorted(f"picture {name}" for name in names)
+
+
+def test_the_captions_are_part_of_what_identifies_the_images(tmp_path):
+    save_images(tmp_path, IMAGES)
+    config = DataConfig(name="folder", root=str(tmp_path), validation_fraction=0.25)
+    plain = load_images(config, "train").fingerprint
+    write(tmp_path, ROWS)
+    captioned = load_images(config, "train").fingerprint
+    write(tmp_path, [{**row, "text": "another"} for row in ROWS])
+    assert len({plain, captioned, load_images(config, "train").fingerprint}) == 3
+
+
+def test_a_split_without_captions_beside_training_images_with_some_is_refused_before_any_training(tmp_path):
+    for split in ("train", "validation"):
+        save_images(tmp_path / split, IMAGES)
+    write(tmp_path / "train", ROWS)
+    config = DataConfig(name="folder", root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"train has captions and .*validation has none"):
+        load_images(config, "validation")
+    write(tmp_path / "validation", ROWS)
+    assert load_images(config, "validation").captions == TEXTS
+
+
+@pytest.mark.slow
+def test_a_prior_of_a_folder_with_captions_follows_them(tmp_path):
+    """Through the scripts: images of two brightnesses named by their captions; the samples take the named one."""
+    for number in range(200):
+        shade = (30, 220)[number % 2] + number % 5
+        Image.new("L", (8, 8), shade).save(tmp_path / f"{number:03}.png")
+    write(tmp_path, [{"file_name": f"{n:03}.png", "text": f"a {('dark', 'light')[n % 2]} square"} for n in range(200)])
+
+    def run(script, *arguments):
+        subprocess.run([sys.executable, f"scripts/{script}.py", *arguments], check=True)
+
+    steps = [
+        "--training.total_steps",
+        "400",
+        "--training.batch_size",
+        "32",
+        "--training.ema_decay",
+        "0.9",
+        "--training.tracker",
+        "none",
+    ]
+    out = str(tmp_path / "run")
+    run("train_tokenizer", "--data.name", "folder", "--data.root", str(tmp_path), "--output", out,
+        "--tokenizer.quantizer.codebook_size", "16", *steps)  # fmt: skip
+    run("train_prior", "--run", out, "--prior.num_layers", "1", "--prior.num_heads", "2", "--prior.hidden_dim", "32",
+        *steps)  # fmt: skip
+    pipeline = Pipeline.from_pretrained(out)
+    samples = {
+        name: pipeline.sample(8, prompts=[f"a {name} square"] * 8, output_type="np") for name in ("dark", "light")
+    }
+    assert samples["dark"].mean((1, 2, 3)).max() < 0.4
+    assert samples["light"].mean((1, 2, 3)).min() > 0.6
