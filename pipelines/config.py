@@ -129,6 +129,7 @@ def parse(
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file of any of the fields below")
+    parser.add_argument("--json", type=bool, nargs="?", const=True, default=False, help="end with JSON, not a table")
     try:
         recipe = defaults()
     except (ValueError, OSError):
@@ -151,7 +152,7 @@ def parse(
     known = parser.known_names()
     parser.set_defaults({name: value for name, value in flatten(recipe).items() if name in known})
     parsed = parser.parse_args(argv).as_dict()
-    del parsed["config"]
+    del parsed["config"], parsed["json"]  # see `wants_json`
     return plain(parsed)
 
 
@@ -198,6 +199,16 @@ def has_config_file(argv: list[str] | None = None) -> bool:
     """Whether --config is given."""
     arguments = sys.argv[1:] if argv is None else argv
     return any(argument.split("=")[0] == "--config" for argument in arguments)
+
+
+def wants_json(argv: list[str] | None = None) -> bool:
+    """Whether --json is given."""
+    arguments = [*(sys.argv[1:] if argv is None else argv), "--"]
+    given = [argument for argument in arguments if argument.split("=")[0] == "--json"]
+    if not given:
+        return False
+    value = given[-1].partition("=")[2] or arguments[arguments.index(given[-1]) + 1]
+    return value.lower() not in ("false", "no", "0")
 
 
 def _chosen_types(argv: list[str] | None, sections: dict, defaults: dict) -> dict[str, str]:

@@ -1,8 +1,11 @@
-"""Run folders and the manners of a script: where a run lies, what is kept of its configuration, errors as one line."""
+"""Run folders and the manners of a script: where a run lies, what is kept of its configuration, how it ends."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,19 +13,55 @@ import torch.distributed as dist
 import yaml
 
 from pipelines.checkpoint import load_tokenizer
-from pipelines.config import differences, has_config_file, read_yaml
+from pipelines.config import differences, flatten, has_config_file, read_yaml, wants_json
 from pipelines.files import atomic_file
 from pipelines.images import DataConfig, ImageDataset, load_images
+from pipelines.report import format_table
 from tokenizer.base import Tokenizer
 
 RUNS = Path("runs")
 CODES = "codes/train/spec.json"
+SHOWN = 8  # of a list in a table
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Calls `main`; a user's mistake ends with status 1 and one line, unless TESSERA_TRACEBACK is set."""
+@dataclass
+class Outcome:
+    """What a script says at its end.
+
+    values: what --json prints, on one line. text: what people read in its place; default a table of the values.
+    error: what part of the work failed, for the exit status and standard error.
+    """
+
+    values: dict
+    text: str | None = None
+    error: str | None = None
+
+    def __str__(self) -> str:
+        if self.text is not None:
+            return self.text
+        rows = flatten(self.values)
+        return format_table({name: _in_words(value) for name, value in rows.items() if value is not None})
+
+
+def _in_words(value):
+    if isinstance(value, list):
+        return ", ".join([*map(str, value[:SHOWN]), *(["..."] if len(value) > SHOWN else [])])
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def run_script(main: Callable[[], Outcome | None]) -> None:
+    """Calls `main` and prints its outcome, as JSON if --json is given; then nothing else goes to standard output.
+
+    A user's mistake ends with status 1 and one line, unless TESSERA_TRACEBACK is set.
+    """
+    as_json = wants_json()
     try:
-        main()
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            outcome = main()
+        if outcome is not None:
+            print(json.dumps(outcome.values) if as_json else outcome, flush=True)
+            if outcome.error is not None:
+                raise ValueError(outcome.error)
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise

@@ -159,6 +159,10 @@ class FitResult:
     weights: dict[str, Tensor]
     steps_run: int
 
+    def summary(self) -> dict:
+        """What can be printed of it."""
+        return {"best_step": self.best_step, "steps_run": self.steps_run, "validation": self.metrics}
+
 
 @dataclass
 class _Progress:

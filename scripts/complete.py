@@ -21,7 +21,7 @@ import torch
 from pipelines.config import parse
 from pipelines.masks import as_mask, named_mask, open_image
 from pipelines.pictures import check_picture, save_grid
-from pipelines.runs import choose_device, find_run, refuse_several_processes, run_script
+from pipelines.runs import Outcome, choose_device, find_run, refuse_several_processes, run_script
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")
@@ -86,7 +86,7 @@ class Options:
     device: str | None = None
 
 
-def main() -> None:
+def main() -> Outcome:
     refuse_several_processes()
     config = parse(__doc__, {}, Options)
     output = Path(config["output"])
@@ -98,16 +98,17 @@ def main() -> None:
     if config["interpolate"] is not None and len(paths) < 2:
         raise ValueError("interpolation needs at least two images")
     pictures = [open_image(path) for path in paths]
-    pipeline = Pipeline.from_pretrained(
-        config["run"] or find_run(None, INDEX_NAME), device=choose_device(config["device"])
-    )
+    run = config["run"] or find_run(None, INDEX_NAME)
+    pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
     pipeline.set_progress_bar_config(disable=None)  # in a terminal only
     options = {name: config[name] for name in (*SAMPLING, *CONDITIONS)}
     options |= {"generator": torch.Generator().manual_seed(config["seed"]), "output_type": "pt"}
 
+    results = {}
     if config["mask"] is not None:
         mask = named_mask(config["mask"], pipeline.tokenizer)
         completions = pipeline.complete(pictures, mask, ranking=config["ranking"], **options)
+        results["log_prob"] = completions.log_prob.tolist()
         candidates = completions.images.unflatten(0, (len(pictures), -1))[:, : config["columns"]]
         originals, hidden = pipeline.prepare(pictures).cpu(), as_mask(mask, len(pictures), pipeline.tokenizer)
         rows = torch.cat([originals[:, None], originals.where(~hidden, 0.5)[:, None], candidates], dim=1)
@@ -117,7 +118,10 @@ def main() -> None:
     else:
         pairs = [pipeline.interpolate(*pair, config["interpolate"], output_type="pt") for pair in pairwise(pictures)]
         rows = torch.stack(pairs)
-    print(save_grid(rows.flatten(0, 1), output, columns=rows.shape[1]))
+    picture = save_grid(rows.flatten(0, 1), output, columns=rows.shape[1])
+    return Outcome(
+        {"run": str(run), "images": len(pictures), **results, "seed": config["seed"], "pictures": [str(picture)]}
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py --run runs/digits-vqvae
     python scripts/evaluate.py --num_draws 100 --num_samples 10000 --ood noise
-    python scripts/evaluate.py --metrics '[likelihood]' --json true
+    python scripts/evaluate.py --metrics '[likelihood]' --json
     python scripts/evaluate.py --inception_weights download --lpips_weights download
 
 The numbers go to RUN/evaluation.json, each with the protocol that it was measured by, and into the model card; pictures
@@ -10,7 +10,6 @@ go to RUN/evaluation/. Without the weights of Inception, FID is measured in the 
 is trained on the data set itself, and called fid_classifier.
 """
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
 from pipelines.report import format_summary, record
 from pipelines.runs import (
+    Outcome,
     choose_device,
     find_run,
     load_images_for,
@@ -50,7 +50,6 @@ class Options:
         seed: of draws, samples and the classifier.
         batch_size: images computed at a time.
         device: where to compute; default an accelerator if there is one.
-        json: print JSON in place of a table.
     """
 
     run: str | None = None
@@ -65,14 +64,13 @@ class Options:
     seed: int = 0
     batch_size: int = 128
     device: str | None = None
-    json: bool = False
 
 
 def data_of_the_run() -> dict:
     return saved_data_section(find_run(peek("run"), INDEX_NAME))
 
 
-def main() -> None:
+def main() -> Outcome:
     refuse_several_processes()
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     run = find_run(config["run"], INDEX_NAME)
@@ -107,12 +105,8 @@ def main() -> None:
     write_json_atomic(run / "evaluation.json", result)
     record(pipeline, config["split"], result)
     pipeline.save_index(run)
-    if config["json"]:
-        print(json.dumps(result))
-    else:
-        print(format_summary(result))
-        for name in result["pictures"].values():
-            print(f"picture: {run / 'evaluation' / name}")
+    pictures = [f"picture: {run / 'evaluation' / name}" for name in result["pictures"].values()]
+    return Outcome(result, text="\n".join([format_summary(result), *pictures]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pipelines.codes import write_codes
 from pipelines.config import parse, peek
 from pipelines.images import DataConfig
 from pipelines.launch import make_accelerator
-from pipelines.runs import find_run, load_images_for, run_script, saved_data_section
+from pipelines.runs import Outcome, find_run, load_images_for, run_script, saved_data_section
 from pipelines.training import TrainingConfig
 
 TOKENIZER = "tokenizer/config.json"
@@ -46,7 +46,7 @@ def data_of_the_run() -> dict:
     return saved_data_section(find_run(peek("run"), TOKENIZER))
 
 
-def main() -> None:
+def main() -> Outcome | None:
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     run = find_run(config["run"], TOKENIZER)
     output = Path(config["output"] or run / "codes" / config["split"])
@@ -65,7 +65,10 @@ def main() -> None:
         accelerator=accelerator,
         overwrite=config["overwrite"],
     )
-    accelerator.print(f"codes of {len(images):,} images are in {output}")
+    if not accelerator.is_main_process:
+        return None
+    levels = [f"{shape} of {size}" for shape, size in zip(tokenizer.spec.shapes, tokenizer.spec.vocab_sizes)]
+    return Outcome({"output": str(output), "split": config["split"], "images": len(images), "levels": levels})
 
 
 if __name__ == "__main__":

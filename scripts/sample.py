@@ -17,7 +17,7 @@ from typing import Literal
 from pipelines.animation import CodeRecording, save_animation
 from pipelines.config import parse
 from pipelines.pictures import check_picture, class_columns, save_grid
-from pipelines.runs import find_run, run_script
+from pipelines.runs import Outcome, find_run, run_script
 from pipelines.shards import Shards
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
@@ -69,7 +69,7 @@ class Options:
     device: str | None = None
 
 
-def main() -> None:
+def main() -> Outcome | None:
     config = parse(__doc__, {}, Options)
     output, columns, names = Path(config["output"]), config["columns"], []
     check_picture(output, columns)
@@ -104,10 +104,14 @@ def main() -> None:
         codes_callback=recording,
     )
     images = shards.gather(images, num_images)
-    if shards.is_first:
-        print(save_grid(images, output, columns=columns, column_names=names))
-        if recording is not None:
-            print(save_animation(recording, pipeline.tokenizer, Path(config["animation"]), columns=columns))
+    if not shards.is_first:
+        return None
+    pictures = [save_grid(images, output, columns=columns, column_names=names)]
+    if recording is not None:
+        pictures.append(save_animation(recording, pipeline.tokenizer, Path(config["animation"]), columns=columns))
+    return Outcome(
+        {"run": str(run), "images": num_images, "seed": config["seed"], "pictures": list(map(str, pictures))}
+    )
 
 
 if __name__ == "__main__":

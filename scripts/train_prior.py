@@ -19,7 +19,7 @@ from pipelines.files import read_json
 from pipelines.launch import make_accelerator
 from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples
-from pipelines.runs import CODES, adopt_data_section, digits_recipe, find_codes, run_script, save_config
+from pipelines.runs import CODES, Outcome, adopt_data_section, digits_recipe, find_codes, run_script, save_config
 from pipelines.text import TextConfig, TextTokenizer
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import TEXT_TOKENIZER, check_codes_belong, save_stage_two
@@ -50,7 +50,7 @@ def recipe() -> dict:
     return digits_recipe(DIGITS_RECIPE, read_json(find_codes(peek("run")) / CODES)["dataset"]["name"])
 
 
-def main() -> None:
+def main() -> Outcome | None:
     sections = {"prior": Polymorphic(PRIORS, "gpt"), "text": TextConfig, "training": TrainingConfig}
     config = parse(__doc__, sections, Options, defaults=recipe)
     run = find_codes(config["run"])
@@ -113,6 +113,7 @@ def main() -> None:
     )
 
     # Model folder
+    outcome = None
     if accelerator.is_main_process:
         prior = build_prior({**config["prior"], **implied})
         prior.load_state_dict(result.weights)
@@ -124,7 +125,10 @@ def main() -> None:
             text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
         save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics, text_tokenizer)
         save_samples(prior, tokenizer, folder / "samples.png", captions=captions)
-    accelerator.print(f"the pipeline is in {folder}; next: python scripts/evaluate.py --run {folder}")
+        pictures = [str(folder / "samples.png")]
+        following = {"pictures": pictures, "next": f"python scripts/evaluate.py --run {folder}"}
+        outcome = Outcome({"output": str(folder), **result.summary(), **following})
+    return outcome
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions, save_samples
-from pipelines.runs import RUNS, digits_recipe, run_script, save_config, say_skipped
+from pipelines.runs import RUNS, Outcome, digits_recipe, run_script, save_config, say_skipped
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import save_stage_one
 from prior.uniform import Uniform
@@ -40,7 +40,7 @@ class Options:
     output: str | None = None
 
 
-def main() -> None:
+def main() -> Outcome | None:
     sections = {"data": DataConfig, "tokenizer": Polymorphic(TOKENIZERS, "vqvae"), "training": TrainingConfig}
     config = parse(__doc__, sections, Options, defaults=lambda: digits_recipe(DIGITS_RECIPE, peek("data.name")))
     folder = Path(config["output"] or RUNS / f"{config['data']['name'].lower()}-{config['tokenizer']['type']}")
@@ -77,6 +77,7 @@ def main() -> None:
     )
 
     # Model folder and codes
+    outcome = Outcome({"output": str(folder), **result.summary(), "pictures": [str(folder / "reconstructions.png")]})
     tokenizer = build_tokenizer({**config["tokenizer"], **implied})
     tokenizer.load_state_dict(result.weights)
     tokenizer.to(accelerator.device).eval()
@@ -86,12 +87,13 @@ def main() -> None:
         save_reconstructions(tokenizer, validation_images, folder / "reconstructions.png")
         if not isinstance(tokenizer.prior, Uniform):
             save_samples(tokenizer.prior, tokenizer, folder / "samples.png")
+            outcome.values["pictures"].append(str(folder / "samples.png"))
     if not tokenizer.spec.is_discrete:
         accelerator.print(
             f"the pipeline is in {folder}; its codes are real numbers, which are not stored: there is no stage two, "
             "and its prior is the one learned here"
         )
-        return
+        return outcome if accelerator.is_main_process else None
     for split, images in {"train": train_images, "validation": validation_images}.items():
         write_codes(
             folder / "codes" / split,
@@ -103,7 +105,11 @@ def main() -> None:
             accelerator=accelerator,
             overwrite=True,  # codes of the tokenizer that this one replaces
         )
-    accelerator.print(f"tokenizer, codes and pictures are in {folder}; next: accelerate launch scripts/train_prior.py")
+    outcome.values |= {
+        "codes": str(folder / "codes"),
+        "next": f"accelerate launch scripts/train_prior.py --run {folder}",
+    }
+    return outcome if accelerator.is_main_process else None
 
 
 if __name__ == "__main__":

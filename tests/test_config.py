@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.checkpoint import build_prior, build_tokenizer
-from pipelines.config import Polymorphic, differences, parse, peek, plain
+from pipelines.config import Polymorphic, differences, parse, peek, plain, wants_json
 from pipelines.images import DataConfig
-from pipelines.runs import find_run, save_config, saved_data_section
+from pipelines.runs import Outcome, find_run, run_script, save_config, saved_data_section
 from pipelines.training import TrainingConfig
 from prior import PRIORS
 from tests import tiny
 from tokenizer import TOKENIZERS
 
 RECIPES = Path(__file__).parent.parent / "scripts" / "configs"
+CONFIGS = sorted(set(RECIPES.glob("*.yaml")) - set(RECIPES.glob("comparison_*")))  # those are no configurations
 
 
 @dataclass
@@ -238,7 +239,42 @@ def test_differences_name_the_field_and_both_values():
     assert differences(old, new) == {"a.b": (1, 3), "d": ("(absent)", 4)}
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_is_read_as_it_stands(path):
     changed = differences(yaml.safe_load(path.read_text()), read("--config", str(path)))
     assert {old for old, _ in changed.values()} <= {"(absent)"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], False), (["--json"], True), (["--json", "true"], True), (["--json=false"], False),
+        (["--json", "false"], False), (["--json", "--output", "false"], True), (["--output", "json"], False),
+    ],
+)  # fmt: skip
+def test_json_is_an_option_of_every_script_and_no_part_of_its_configuration(arguments, wanted):
+    assert wants_json(arguments) == wanted
+    assert "json" not in read(*[argument for argument in arguments if argument not in ("--output", "json")])
+
+
+def test_an_outcome_is_a_table_of_what_it_holds():
+    outcome = Outcome(
+        {"output": "runs/a", "images": 12345, "validation": {"nll": 1.23456789, "psnr": None}, "l": [1, "b"]}
+    )
+    assert (
+        str(outcome) == "output          runs/a\nimages          12,345\nvalidation.nll  1.2346\nl               1, b"
+    )
+    assert str(Outcome({}, text="said")) == "said"
+
+
+def test_json_alone_goes_to_standard_output_and_an_outcomes_error_to_the_exit_status(monkeypatch, capsys):
+    def main():
+        print("on the way")
+        return Outcome({"a": [1]}, text="a table", error="one failed")
+
+    for arguments, said in (["--json"], '{"a": [1]}\n'), ([], "on the way\na table\n"):
+        monkeypatch.setattr("sys.argv", ["script", *arguments])
+        with pytest.raises(SystemExit) as exit_status:
+            run_script(main)
+        assert exit_status.value.code == "error: one failed"
+        assert capsys.readouterr().out == said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from prior.base import CodeSpec
 from tokenizer import TOKENIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted((ROOT / "scripts" / "configs").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "scripts/configs").glob("*.yaml")) - set((ROOT / "scripts/configs").glob("comparison_*")))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 LAUNCH = [
     "-m",
@@ -111,7 +112,7 @@ def test_the_two_commands_leave_a_pipeline_on_two_processes(tmp_path):
 
 def test_the_other_scripts_work_on_the_newest_run(run_folder):
     folder = run_folder.parents[1]
-    done = run(folder, "evaluate", "--split", "test", "--num_samples", "20", "--ood", "[noise]", "--json", "true")
+    done = run(folder, "evaluate", "--split", "test", "--num_samples", "20", "--ood", "[noise]", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)  # nothing else is on standard output
     metrics = result["metrics"]
@@ -125,8 +126,11 @@ def test_the_other_scripts_work_on_the_newest_run(run_folder):
     assert done.returncode == 0, done.stderr[-3000:]
     with Image.open(folder / "four.png") as image:
         assert image.width > 4 * 64
-    done = run(folder, "extract_codes", "--split", "test", "--cpu", "true")
+    assert re.search(r"^images +4$", done.stdout, re.MULTILINE)
+    assert re.search(r"^pictures +four\.png$", done.stdout, re.MULTILINE)
+    done = run(folder, "extract_codes", "--split", "test", "--cpu", "true", "--json")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["images"] == metrics["num_images"]
     assert json.loads((run_folder / "codes" / "test" / "spec.json").read_text())["count"] == metrics["num_images"]
 
 
@@ -157,8 +161,9 @@ def test_images_are_completed_continued_and_interpolated(run_folder, tmp_path):
         (["--size", "[8, 16]", "--num_candidates", "2"], (2 * (64 + cell), cell)),
         (["--interpolate", "4"], (4 * cell, cell)),
     ]:
-        done = run(tmp_path, "complete", "--run", str(run_folder), "--images", "[a.png, b.png]", *options)
+        done = run(tmp_path, "complete", "--run", str(run_folder), "--images", "[a.png, b.png]", *options, "--json")
         assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout)["pictures"] == ["completed.png"]
         with Image.open(tmp_path / "completed.png") as picture:
             assert picture.size == (size[0] + 2, size[1] + 2)
 
@@ -166,8 +171,13 @@ def test_images_are_completed_continued_and_interpolated(run_folder, tmp_path):
 def test_finished_commands_run_again_change_nothing(run_folder):
     weights = [load_file(run_folder / part / "model.safetensors") for part in ("tokenizer", "prior")]
     folder = run_folder.parents[1]
-    assert "continuing from step 4" in launch(folder, "train_tokenizer", *TINY_TOKENIZER, *SHORT).stdout
-    launch(folder, "train_prior", *TINY_PRIOR, *SHORT)
+    said = launch(folder, "train_tokenizer", *TINY_TOKENIZER, *SHORT).stdout
+    assert "continuing from step 4" in said
+    assert re.search(r"^validation\.nll +\d", said, re.MULTILINE)
+    said = json.loads(launch(folder, "train_prior", *TINY_PRIOR, *SHORT, "--json", "true").stdout)
+    assert said["steps_run"] == 0
+    assert said["validation"].keys() >= {"nll", "uniform_nll"}
+    assert all((folder / picture).is_file() for picture in said["pictures"])
     for part, before in zip(("tokenizer", "prior"), weights):
         after = load_file(run_folder / part / "model.safetensors")
         assert all(torch.equal(before[name], after[name]) for name in before)
