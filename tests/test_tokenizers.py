@@ -220,6 +220,56 @@ def test_initialisation_starts_every_codebook_and_leaves_no_statistics(name):
 
 
 @pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_features_begin_at_unit_scale_where_the_quantizer_has_a_fixed_one(name):
+    options = {"quantizer": {"type": "fsq", "levels": (8, 8)}}
+    tokenizer = make(name, **options, **({"codebook_sizes": None} if name == "vqvae2" else {}))
+    images = random_images(tokenizer)
+    codes_before = torch.cat([level.flatten() for level in tokenizer.encode(images)]).unique()
+    tokenizer.initialize(images)
+    seen = []
+    for quantizer in getattr(tokenizer, "quantizers", [getattr(tokenizer, "quantizer", None)]):
+        quantizer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    codes = tokenizer.train()(images).codes
+    assert len(seen) == len(codes)
+    for features in seen:
+        deviation, mean = torch.std_mean(features, dim=(0, 2, 3), correction=0)
+        assert torch.allclose(mean, torch.zeros(2), atol=1e-4)
+        assert torch.allclose(deviation, torch.ones(2), atol=1e-3)
+    assert len(torch.cat([level.flatten() for level in codes]).unique()) > 4 * len(codes_before)
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_a_decoder_of_binary_images_starts_at_their_mean(name):
+    tokenizer = make(name, likelihood={"type": "bernoulli"})
+    images = (random_images(tokenizer, batch=16) * random_images(tokenizer, batch=16, seed=1)).roll(
+        1
+    )  # a quarter white
+    tokenizer.initialize(images)
+    shown = tokenizer.eval()(images).images.mean(dim=(0, 2, 3))
+    assert torch.allclose(shown, images.mean(dim=(0, 2, 3)), atol=0.05)
+
+
+def test_fsq_learns_binary_images_that_are_mostly_black():
+    """Without the initialisation by data all codes become one within the first steps, and stay so."""
+    torch.manual_seed(0)
+    tokenizer = make("vqvae", quantizer={"type": "fsq", "levels": (8, 8)}, likelihood={"type": "bernoulli"}).train()
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randint(6, (64, 2), generator=generator).tolist()
+    images = torch.zeros(64, *tokenizer.config.image_shape)
+    for image, (top, left) in zip(images, corners):
+        image[:, top : top + 3, left : left + 2] = 1
+    tokenizer.initialize(images)
+    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=0.002)
+    for step in range(300):
+        out = tokenizer(images, step)
+        optimizer.zero_grad()
+        sum(out.losses.values()).backward()
+        optimizer.step()
+    assert len(out.codes[0].unique()) > 4
+    assert out.losses["reconstruction"] < 0.1
+
+
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
 def test_every_codebook_moves_after_a_step(name):
     state = trained(make(name)).state_dict()
     updates = [value for key, value in state.items() if key.endswith("num_updates")]

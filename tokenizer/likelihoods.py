@@ -41,6 +41,10 @@ class Likelihood(nn.Module, ABC):
     def mean(self, params: Tensor) -> Tensor:
         """The expected image, (B, C, H, W) in [0, 1]."""
 
+    def initial_params(self, images: Tensor) -> Tensor | None:
+        """What a decoder should give before it has learned, (num_channels,); None: whatever it gives at random."""
+        return None
+
 
 class _LocationScale(Likelihood):
     """A location per pixel from the decoder, and one scale learned for the whole data set.
@@ -171,6 +175,14 @@ class Bernoulli(Likelihood):
 
     def mean(self, params: Tensor) -> Tensor:
         return params.float().sigmoid()
+
+    def initial_params(self, images: Tensor) -> Tensor:
+        """The logit of the mean pixel of each channel, as decoders of binary images have started since NADE.
+
+        Without it the first steps teach nothing but that most pixels are black, and they teach the encoder too, whose
+        codes all become the same.
+        """
+        return images.mean(dim=(0, 2, 3)).clamp(0.01, 0.99).logit()
 
 
 class LogisticMixture(Likelihood):

@@ -15,6 +15,7 @@ from tokenizer.likelihoods import LIKELIHOODS
 from tokenizer.networks import NETWORKS
 from tokenizer.networks.factor import num_halvings
 from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers.base import Quantizer
 from tokenizer.registry import build
 
 
@@ -122,7 +123,7 @@ class VQVAE(Tokenizer):
         return PosteriorDraw(codes, log_q, -self.nll(images, codes))
 
     def initialize(self, images: Tensor) -> None:
-        initialize_quantizers(self, images)
+        initialize_by_data(self, images, {self.to_quantizer: self.quantizer}, self.decoder[-1])
 
     def after_step(self) -> None:
         self.quantizer.after_step()
@@ -146,9 +147,32 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialize_quantizers(tokenizer: Tokenizer, images: Tensor) -> None:
-    """A training pass, in which each quantizer starts from its own input; without gradients it leaves no statistics."""
+def initialize_by_data(
+    tokenizer: Tokenizer, images: Tensor, quantizers: dict[nn.Module, Quantizer], last_layer: nn.Module
+) -> None:
+    """A training pass, in which each quantizer starts from its own input; without gradients it leaves no statistics.
+
+    Args:
+        quantizers: each with the convolution before it. Where the quantizer's scale is fixed, the convolution is
+            rescaled to features of mean 0 and deviation 1 (Salimans and Kingma 2016, arXiv:1602.07868, section 3).
+        last_layer: of the decoder, which starts at the likelihood's `initial_params`.
+    """
+    params = tokenizer.likelihood.initial_params(images)
+    if params is not None:
+        last_layer.bias.copy_(params)
     training = tokenizer.training
     tokenizer.train()
+    hooks = [conv.register_forward_hook(_standardize) for conv, q in quantizers.items() if q.has_fixed_scale]
     tokenizer(images)
+    for hook in hooks:
+        hook.remove()
     tokenizer.train(training)
+
+
+def _standardize(conv: nn.Conv2d, inputs: tuple[Tensor], features: Tensor) -> Tensor:
+    """Changes the convolution so that each channel of this output has mean 0 and deviation 1; returns that output."""
+    deviation, mean = torch.std_mean(features, dim=(0, 2, 3), correction=0)
+    scale = torch.where(deviation > 0, 1 / deviation, 1)  # a channel that says nothing has no scale
+    conv.weight.mul_(scale[:, None, None, None])
+    conv.bias.copy_((conv.bias - mean) * scale)
+    return (features - mean[:, None, None]) * scale[:, None, None]

@@ -17,7 +17,7 @@ from tokenizer.networks import NETWORKS
 from tokenizer.networks.factor import num_halvings
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.registry import build
-from tokenizer.vqvae import initialize_quantizers, pad_to_multiple
+from tokenizer.vqvae import initialize_by_data, pad_to_multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class VQVAE2(Tokenizer):
         return PosteriorDraw(tuple(codes), sum(log_q), -self.nll(images, tuple(codes)))
 
     def initialize(self, images: Tensor) -> None:
-        initialize_quantizers(self, images)
+        initialize_by_data(self, images, dict(zip(self.to_quantizers, self.quantizers)), self.decoders[-1][-1])
 
     def after_step(self) -> None:
         for quantizer in self.quantizers:

@@ -32,6 +32,7 @@ class Quantizer(nn.Module, ABC):
     out_channels: int
     vocab_sizes: tuple[int, ...]
     is_stochastic: bool = False  # whether codes are drawn from a distribution q(codes | h)
+    has_fixed_scale: bool = False  # whether h must begin at unit scale, since the code vectors cannot come to meet it
 
     @abstractmethod
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:

@@ -26,6 +26,9 @@ class FSQ(Quantizer):
         ValueError: a level below 3 (two values are what LFQ is for); features that are not finite, when evaluating.
     """
 
+    # features far smaller than a step of the grid would all be rounded to one code, and what has one code stays there
+    has_fixed_scale = True
+
     def __init__(self, levels: tuple[int, ...] = (8, 5, 5, 5)):
         super().__init__()
         levels = list(levels)
