@@ -515,7 +515,7 @@ class CodeDataset(Dataset):
             if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
                 found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
                 raise ValueError(f"{path} must hold {dtype} of shape {shape}, it holds {found}")
-            arrays.append(array)
+            arrays.append(array.view(np.ndarray))  # of which rows are taken in a third of a memmap's time
         return arrays
 
     def _verify(self) -> None:
@@ -543,10 +543,12 @@ class CodeDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Codes | Tensor]:
         """A whole batch: codes (B, *shape) per level, label (B,), text (B, T) if captions were tokenized."""
-        rows = np.array([key[0] if isinstance(key, tuple | list) else key for key in keys], dtype=np.int64)
+        if set(map(type, keys)) != {int}:
+            keys = [key[0] if isinstance(key, (tuple, list)) else key for key in keys]
+        rows = np.array(keys, dtype=np.int64)
         if rows.min() < 0 or rows.max() >= self.count:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {self.count}")
-        *codes, labels = (torch.from_numpy(np.asarray(array[rows], dtype=np.int64)) for array in self._arrays)
+        *codes, labels = (torch.from_numpy(array.take(rows, axis=0).astype(np.int64)) for array in self._arrays)
         text = {} if self._text is None else {"text": torch.from_numpy(self._text[rows].astype(np.int64))}
         return {"codes": tuple(codes), "label": labels, **text}
 

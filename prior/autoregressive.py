@@ -115,7 +115,7 @@ class AutoregressivePrior(Prior):
                 log_prob = log_prob.masked_fill(known[:, i], 0.0)
             codes.append(code)
             log_probs.append(log_prob)
-            sent = code.repeat(copies)
+            sent = code if copies == 1 else code.repeat(copies)
             callback(i + 1, length)
             if codes_callback is not None:
                 codes_callback(*self._so_far(codes, given))

@@ -1,9 +1,9 @@
 """`GatedPixelCNN` one code at a time: the windows that its convolutions need of the past, as rows of a matrix."""
 
 from collections.abc import Generator
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.levelwise import pointwise
@@ -15,6 +15,8 @@ class Steps:
     The vertical stacks are computed once per row, the horizontal ones once per code. All that a layer needs of the past
     is its convolutions' windows: the padded rows above, the columns to the left. Features stand channels last, so that
     a window is a row of a matrix; as a product it takes a fifth of the time that a convolution of one position takes.
+    For few maps most of what is left is the cost of calling operations: results go where the next one wants them, and
+    no view is made twice.
 
     Args:
         network: a `GatedPixelCNN`.
@@ -22,92 +24,103 @@ class Steps:
     """
 
     def __init__(self, network: nn.Module, condition: Tensor):
-        self.network, self.reach = network, network.reach
-        self.batch, self.dim, self.height, self.width = condition.shape
-        self.layers = [Layer(layer) for layer in network.layers]
-        self.condition = condition.permute(2, 3, 0, 1)  # (h, w, B, D)
-        self.condition_weight = torch.cat([layer.condition.weight.flatten(1) for layer in network.layers])
-        self.nothing = torch.zeros(1, self.batch, self.dim).to(condition)  # above the first row, left of each row
-        for layer in self.layers:
-            layer.allocate(self.nothing.expand(self.width, -1, -1))
+        self.network, (batch, _, self.height, self.width) = network, condition.shape
+        self.condition = condition.permute(2, 3, 0, 1).flatten(1, 2)  # (h, w B, D)
+        self.layers = [Layer(layer, self.width, batch) for layer in network.layers]
+        self.features = self.condition.new_zeros(batch, condition.shape[1])  # of the last layer
+        self.outputs = [*(layer.places for layer in self.layers[1:]), [self.features] * self.width]
 
     @torch.no_grad()
     def codes(self) -> Generator[Tensor, Tensor, Tensor]:
         """Yields the logits (B, K) of each code in raster order, is sent the codes (B,), returns the map (B, h, w)."""
-        codes = []
-        embedded = self.nothing.expand(self.width, -1, -1)  # of the row above (w, B, D)
+        codes, (_, *embedded) = [], self.layers[0].places
         for row in range(self.height):
-            contexts = self._vertical(embedded, self.condition[row])
-            features, found = self.nothing[0], []
+            features = self.layers[0].row
+            for layer in self.layers:
+                features = layer.vertical(features, self.condition[row])
             for column in range(self.width):
-                for layer, context in zip(self.layers, contexts):
-                    features = layer.horizontal(features, context[column], column)
-                code = yield pointwise(self.network.head, features)
+                for layer, outputs in zip(self.layers, self.outputs):
+                    layer.horizontal(column, out=outputs[column])
+                code = yield pointwise(self.network.head, self.features)
                 codes.append(code)
-                found.append(features := self.network.embedding(code))
-            embedded = torch.stack(found)
+                embedded[column].copy_(self.network.embedding(code))
         return torch.stack(codes, dim=1).unflatten(1, (self.height, self.width))
-
-    def _vertical(self, features: Tensor, condition: Tensor) -> list[Tensor]:
-        """What each layer's horizontal stack hears of the rows above: (w, B, 2 D), with everything that is added there.
-
-        Args:
-            features: (w, B, D) of the row above.
-            condition: (w, B, D) of this row.
-        """
-        conditions = F.linear(condition, self.condition_weight).chunk(len(self.layers), dim=-1)
-        contexts = []
-        for layer, added in zip(self.layers, conditions):
-            features, context = layer.vertical(features, added)
-            contexts.append(context)
-        return contexts
 
 
 class Layer:
-    """A `GatedLayer` with the windows of its convolutions."""
+    """A `GatedLayer` with the windows of its convolutions, for B maps of width w.
 
-    def __init__(self, layer: nn.Module):
+    Attributes:
+        places: for each column (B, D), where the horizontal features are put; one more for the first layer, whose
+            features are the embedded codes moved right by one.
+        row: the places but for the first, (w, B, D): in the first layer the embedded codes of the last row.
+    """
+
+    def __init__(self, layer: nn.Module, width: int, batch: int):
         self.dropout = layer.dropout if layer.training else None
-        self.reach, self.num_columns = layer.vertical.kernel_size[0] - 1, layer.vertical.kernel_size[1]
-        self.vertical_weight = layer.vertical.weight.permute(0, 2, 3, 1).flatten(1)  # (2 D, rows * columns * D)
-        self.vertical_bias = layer.vertical.bias
-        self.across_weight = layer.vertical_to_horizontal.weight.flatten(1)
-        # all that is added to the horizontal convolution's products
-        self.across_bias = layer.vertical_to_horizontal.bias + layer.horizontal.bias
-        self.horizontal_weight = layer.horizontal.weight.permute(3, 2, 1, 0).flatten(0, 2)  # (columns * D, 2 D)
+        dim, num_rows, num_columns = layer.vertical.weight.shape[1:]
+        reach = num_rows - 1
+        # as inputs x outputs; of a window the columns come first, then the rows
+        self.vertical_weight = layer.vertical.weight.permute(3, 2, 1, 0).flatten(0, 2)
+        self.across_weight = layer.vertical_to_horizontal.weight.flatten(1).T.contiguous()
+        self.condition_weight = layer.condition.weight.flatten(1).T.contiguous()
+        self.horizontal_weight = layer.horizontal.weight.permute(3, 2, 1, 0).flatten(0, 2)
         self.residual_weight = layer.residual.weight.flatten(1).T.contiguous()
         self.residual_bias = layer.residual.bias
+        # all that is added to the products of the vertical convolution, and to those of the horizontal one
+        across_bias = layer.vertical_to_horizontal.bias + layer.horizontal.bias
+        self.biases = torch.cat([layer.vertical.bias, across_bias])
 
-    def allocate(self, row: Tensor) -> None:
-        """Room for the windows of maps whose rows of features are like `row`, (w, B, D)."""
-        width, batch, dim = row.shape
-        self.above = row.new_zeros(self.reach + 1, width + 2 * self.reach, batch, dim)  # the newest row last
-        left = row.new_zeros(batch, self.reach + width, dim)
-        # of a row of the map: where each column's features are put, and the window that ends there
-        self.places = [left[:, self.reach + column] for column in range(width)]
-        self.windows = [left[:, column : column + self.reach + 1].flatten(1) for column in range(width)]
+        new = layer.vertical.weight.new_zeros
+        # features of the rows above, the newest last
+        above = new(batch, reach + width + reach, num_rows, dim)
+        self.older, self.newer = above[:, :, :-1], above[:, :, 1:]
+        self.newest = above[:, reach : reach + width, -1].transpose(0, 1)  # (w, B, D)
+        self.windows_above = above.as_strided(
+            (width, batch, num_columns * num_rows * dim), (above.stride(1), above.stride(0), 1)
+        )
+        # what a row's convolutions are added to, the vertical one and what the horizontal one hears of it
+        self.sums = new(width * batch, 4 * dim)
+        self.vertical_sum, self.context = self.sums.chunk(2, dim=-1)
+        self.gated_row = Gated(self.vertical_sum, *self.vertical_sum.chunk(2, dim=-1))
+        channels = self.context.unflatten(0, (width, batch))
+        self.gated = list(map(Gated, channels, *(half for half in channels.chunk(2, dim=-1))))
+        # features of this row, and for each column the window that ends there
+        left = new(batch, reach + width + 1, dim)
+        self.places, self.row = left[:, reach:].unbind(1), left[:, reach + 1 :].transpose(0, 1)
+        self.windows = left.as_strided((width, batch, (reach + 1) * dim), (dim, left.stride(0), 1)).unbind(0)
 
-    def vertical(self, features: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """The next vertical features (w, B, D) of a row, and what the horizontal stack hears of it (w, B, 2 D)."""
-        self.above[:-1] = self.above[1:].clone()
-        self.above[-1, self.reach : self.reach + len(features)] = features
-        windows = self.above.unfold(1, self.num_columns, 1)  # (rows, w, B, D, columns)
-        windows = windows.permute(1, 2, 0, 4, 3).flatten(2)
-        for_vertical, for_horizontal = condition.chunk(2, dim=-1)
-        x = F.linear(windows, self.vertical_weight, self.vertical_bias) + for_vertical
-        context = F.linear(x, self.across_weight, self.across_bias) + for_horizontal
-        return gate_(x), context
+    def vertical(self, features: Tensor, condition: Tensor) -> Tensor:
+        """The next vertical features (w B, D) of a row, given those of the rows so far; prepares the horizontal ones.
 
-    def horizontal(self, x: Tensor, context: Tensor, column: int) -> Tensor:
-        """The next horizontal features (B, D) from the present ones; columns come in order."""
-        self.places[column].copy_(x)
-        hidden = gate_(torch.addmm(context, self.windows[column], self.horizontal_weight))
+        Args:
+            features: (w, B, D) or (w B, D) of the newest row above.
+            condition: (w B, D) of this row.
+        """
+        self.older.copy_(self.newer.clone())
+        self.newest.copy_(features.view(self.newest.shape))
+        torch.addmm(self.biases, condition, self.condition_weight, out=self.sums)
+        self.vertical_sum.addmm_(self.windows_above.flatten(0, 1), self.vertical_weight)
+        self.context.addmm_(self.vertical_sum, self.across_weight)
+        return self.gated_row.gate()
+
+    def horizontal(self, column: int, out: Tensor) -> None:
+        """The next horizontal features (B, D) from the present ones in their place; columns come in order."""
+        gated = self.gated[column]
+        gated.channels.addmm_(self.windows[column], self.horizontal_weight)
+        hidden = gated.gate()
         if self.dropout is not None:
             hidden = self.dropout(hidden)
-        return torch.addmm(x, hidden, self.residual_weight).add_(self.residual_bias)
+        torch.addmm(self.places[column], hidden, self.residual_weight, out=out).add_(self.residual_bias)
 
 
-def gate_(x: Tensor) -> Tensor:
-    """Eq. 2 of the paper, with the channels last; changes x."""
-    x[..., : x.shape[-1] // 2].tanh_()
-    return F.glu(x, dim=-1)
+class Gated(NamedTuple):
+    """Channels (B, 2 D) and both halves of them."""
+
+    channels: Tensor
+    filters: Tensor
+    gates: Tensor
+
+    def gate(self) -> Tensor:
+        """Eq. 2 of the paper (B, D), in the place of the first half."""
+        return self.filters.tanh_().mul_(self.gates.sigmoid_())

@@ -116,7 +116,8 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     if options.temperature <= torch.finfo(torch.float32).tiny:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
-    logits = logits / options.temperature
+    if options.temperature != 1:
+        logits = logits / options.temperature
     if options.top_k is not None:
         # topk, not sort: K is often 16384 and k some hundreds
         ordered = logits.topk(min(options.top_k, logits.shape[-1])).values

@@ -138,13 +138,16 @@ def test_nearest_is_brute_force_with_ties_to_the_lowest_index(num_vectors, codeb
     vectors = torch.randint(-2, 3, (num_vectors, dim), generator=generator).float()
     codebook = torch.randint(-2, 3, (codebook_size, dim), generator=generator).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "CPU_ROWS", tile[0])
+        patch.setattr(search, "CPU_TILE", tile[0] * tile[1])
         patch.setattr(search, "CPU_COLUMNS", tile[1])
         codes = nearest(vectors, codebook)
     assert torch.equal(codes, brute_force(vectors, codebook))
 
 
-@pytest.mark.parametrize("num_vectors", [1, search.CPU_ROWS - 1, search.CPU_ROWS, search.CPU_ROWS + 1])
+ROWS = search.CPU_TILE // search.CPU_COLUMNS
+
+
+@pytest.mark.parametrize("num_vectors", [1, ROWS - 1, ROWS, ROWS + 1])
 @pytest.mark.parametrize("codebook_size", [search.CPU_COLUMNS, 2 * search.CPU_COLUMNS + 1])
 def test_nearest_is_brute_force_around_the_edges_of_a_tile(num_vectors, codebook_size):
     codebook = torch.randn(codebook_size, 2)

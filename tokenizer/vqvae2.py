@@ -133,7 +133,8 @@ class VQVAE2(Tokenizer):
         for level, features in enumerate(self._features(images)):
             quantizer = self.quantizers[level]
             level_codes = quantizer.encode(self._join(level, features, latents), sample)
-            latents.append(self._latent(level, quantizer.embed(level_codes)))
+            if level < len(self.quantizers) - 1:  # nobody asks for the finest one's
+                latents.append(self._latent(level, quantizer.embed(level_codes)))
             codes += level_codes
         return tuple(codes)
 

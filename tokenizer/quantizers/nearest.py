@@ -6,7 +6,7 @@ from torch import Tensor
 # Vectors x entries of a tile of distances. On the CPU 2 MB stay in the cache between the product and the argmin, and
 # both sides are long enough for the product to run at full rate: the search takes the time of the products alone.
 # Elsewhere launches dominate, all entries come at once, and 64 MB is still nothing.
-CPU_ROWS, CPU_COLUMNS = 512, 1024
+CPU_TILE, CPU_COLUMNS = 2**19, 1024
 DEVICE_TILE = 2**24
 
 
@@ -29,8 +29,8 @@ class Search:
     def __init__(self, codebook: Tensor):
         codebook = codebook.detach().float()
         on_cpu = codebook.device.type == "cpu"
-        self.rows = CPU_ROWS if on_cpu else max(1, DEVICE_TILE // len(codebook))
         self.columns = min(CPU_COLUMNS, len(codebook)) if on_cpu else len(codebook)
+        self.rows = max(1, (CPU_TILE if on_cpu else DEVICE_TILE) // self.columns)
         # |x - w|^2 / 2 = |x|^2 / 2 + (|w|^2 / 2 - x.w), and the first term is the same for every entry w.
         half_squares = codebook.square().sum(dim=1) / 2
         self.blocks = list(zip(codebook.split(self.columns), half_squares.split(self.columns)))
@@ -53,7 +53,11 @@ class Search:
         for number, (entries, half_squares) in enumerate(self.blocks):
             distances = self.tile[: len(vectors) * len(entries)].view(len(vectors), len(entries))
             torch.addmm(half_squares, vectors, entries.T, alpha=-1, out=distances)
-            values, indices = _row_minima(distances)
+            indices = _row_minima(distances)
+            if len(self.blocks) == 1:
+                codes.copy_(indices)
+                return
+            values = distances.gather(1, indices[:, None])[:, 0]
             if number == 0:
                 smallest = values
                 codes.copy_(indices)
@@ -63,11 +67,9 @@ class Search:
                 smallest = torch.where(nearer, values, smallest)
 
 
-def _row_minima(distances: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest value of each row and the first place where it stands."""
+def _row_minima(distances: Tensor) -> Tensor:
+    """The first place of each row's smallest value."""
     if distances.device.type != "cpu":
-        values, indices = distances.min(dim=1)
-        return values, indices
+        return distances.min(dim=1).indices
     # torch's argmin reads 4 GB/s on the CPU, NumPy's 50 from the cache
-    indices = torch.from_numpy(distances.numpy().argmin(axis=1))
-    return distances.gather(1, indices[:, None])[:, 0], indices
+    return torch.from_numpy(distances.numpy().argmin(axis=1))
