@@ -4,7 +4,9 @@
     python scripts/benchmark.py sampling --peer rosinality=../vq-vae-2-pytorch --threads 2
 
 Peers on PyPI take part where they are installed (pip install 'tessera-codes[bench]'), others as work trees. Writes a
-table, JSON and a chart to --output.
+table, JSON and a chart to --output. What lies there is put on one page by
+
+    python scripts/benchmark.py summary
 """
 
 import argparse
@@ -24,12 +26,14 @@ BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=BENCHMARKS, help="; ".join(f"{k}: {v}" for k, v in BENCHMARKS.items()))
+    what = "; ".join(f"{name}: {measured}" for name, measured in BENCHMARKS.items())
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "summary"], help=what)
     peers = "work tree of rosinality, llamagen, taming or ritheshkumar95; may be repeated"
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help=peers)
     parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time, more wall time")
     parser.add_argument("--rounds", type=int, default=5, help="paired measurements of each case")
     parser.add_argument("--sizes", choices=("quick", "full"), default="full", help="quick: tiny, to see that it works")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their title")
     memory = "memory that a candidate may take where its peak is measured; 0 leaves that out"
     parser.add_argument("--memory_limit_gb", type=float, default=8.0, help=memory)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "benchmark_results")
@@ -39,7 +43,13 @@ def main() -> None:
 
     from pipelines.runs import run_script
 
-    run_script(lambda: run(arguments))
+    run_script(lambda: print_summary(arguments.output) if arguments.benchmark == "summary" else run(arguments))
+
+
+def print_summary(folder: Path) -> None:
+    from benchmarks.summary import summary
+
+    print(summary(folder, BENCHMARKS))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -56,9 +66,14 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     peers, clock = Peers(arguments.peer), Clock(arguments.threads)
-    report = Report(arguments.benchmark, clock, arguments.rounds, arguments.memory_limit_gb)
+    report = Report(arguments.benchmark, peers, clock, arguments.rounds, arguments.memory_limit_gb, arguments.only)
     module = importlib.import_module(f"benchmarks.{arguments.benchmark}")
     module.run(report, peers, clock, arguments.rounds, arguments.sizes, arguments.memory_limit_gb)
+    if not report.cases:
+        titles = ", ".join(f"'{title}'" for title in report.titles)
+        raise ValueError(
+            f"no case of {arguments.benchmark} has '{arguments.only}' in its title; its cases are {titles}"
+        )
     report.write(arguments.output)
 
 

@@ -18,7 +18,8 @@ def draw(report, path: Path) -> None:
     columns = min(COLUMNS, len(cases))
     rows = -(-len(cases) // columns)
     tallest = max(len(_bars(case)) for case in cases)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, (0.7 + 0.22 * tallest) * rows), squeeze=False)
+    size = (4.6 * columns, 0.5 + (0.7 + 0.22 * tallest) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(cases) :]:
         axis.axis("off")
     for axis, case in zip(axes.flat, cases):
@@ -43,8 +44,8 @@ def draw(report, path: Path) -> None:
         f"{report.benchmark}: {head['clock']} in units of {_reference(cases[0])} "
         f"({head['machine']['cpu']}, {head['machine']['threads']} thread(s), {head['date']})",
         fontsize=9,
+        wrap=True,
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
 

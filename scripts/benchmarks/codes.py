@@ -1,5 +1,6 @@
 """From images to codes on disk, and back from there in random order."""
 
+import importlib.util
 import pickle
 import shutil
 import tempfile
@@ -21,11 +22,11 @@ from pipelines.codes import CodeDataset, write_codes
 from pipelines.images import DataConfig, ImageDataset, load_images
 from tokenizer import VQVAE2, VQVAE2Config
 
-SIZES = {"quick": [8], "full": [1024]}  # images of 32x32
+SIZES = {"quick": [8], "full": [4096]}  # images of 32x32
 SIDE = 32
 OURS, LMDB = "tessera", "rosinality (LMDB)"
 READ_OURS, READ_LMDB = "tessera, read back shuffled", "rosinality, read back shuffled"
-READ_BATCH = 64
+READ_BATCHES = (64, 512)
 CodeRow = namedtuple("CodeRow", ["top", "bottom", "filename"])  # what its rows are pickled as
 
 
@@ -87,25 +88,30 @@ def write_rosinality(images: ImageDataset, store: Path, folder: str) -> Callable
     return run
 
 
-def read_ours(store: Path) -> Callable:
+def shuffled(count: int, batch: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [rows.tolist() for rows in torch.randperm(count, generator=generator).split(batch)]
+
+
+def read_ours(store: Path, batch: int) -> Callable:
     codes = CodeDataset(store)
-    order = torch.randperm(len(codes)).split(READ_BATCH)
-    return lambda: [codes.__getitems__(rows.tolist()) for rows in order]
+    order = shuffled(len(codes), batch)
+    return lambda: [codes.__getitems__(rows) for rows in order]
 
 
-def read_rosinality(store: Path, count: int) -> Callable:
+def read_rosinality(store: Path, count: int, batch: int) -> Callable:
     """Its LMDBDataset and the collation of torch's DataLoader."""
     import lmdb
 
     environment = lmdb.open(str(store), readonly=True, lock=False, readahead=False, meminit=False)
-    order = torch.randperm(count).split(READ_BATCH)
+    order = shuffled(count, batch)
 
     def item(index: int) -> tuple:
         with environment.begin() as transaction:
             row = pickle.loads(transaction.get(str(index).encode()))
         return torch.from_numpy(row.top), torch.from_numpy(row.bottom), row.filename
 
-    return lambda: [default_collate([item(index) for index in rows.tolist()]) for rows in order]
+    return lambda: [default_collate([item(index) for index in rows]) for rows in order]
 
 
 def build(name: str, count: int, folder: str | None = None) -> Callable:
@@ -123,8 +129,6 @@ def build(name: str, count: int, folder: str | None = None) -> Callable:
 
 
 def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, memory_gb: float) -> None:
-    import importlib.util
-
     with_lmdb = peers.has("rosinality") and importlib.util.find_spec("lmdb") is not None
     folder = str(peers.folders["rosinality"]) if with_lmdb else None
     for num_files in SIZES[sizes]:
@@ -133,31 +137,50 @@ def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, mem
             (root / "images").mkdir()
             images = image_folder(root / "images", num_files)
             count = len(images)  # less those set aside for tests
-            writers = {OURS: write_ours(images, root / "ours")}
-            if with_lmdb:
-                writers[LMDB] = write_rosinality(images, root / "lmdb", folder)
             case = Case({"images": count, "pixels": f"{SIDE}x{SIDE}", "what": "encode and write"})
-            case.add(compare(writers, clock, rounds), references=(OURS, LMDB))
-            case.checks["images per second"] = count / case.seconds[OURS]
-            case.checks["bytes per image"] = _bytes(root / "ours") / count
-            if with_lmdb:
-                case.checks["bytes per image in LMDB"] = _bytes(root / "lmdb") / count
-            if memory_gb:
-                small = SIZES["quick"][0]
-                case.peak_bytes[OURS] = peak_memory(build, (OURS, num_files), (OURS, small), memory_gb)
-                four_times = peak_memory(build, (OURS, 4 * num_files), (OURS, small), memory_gb)
-                case.checks["peak MB at four times the images"] = four_times / 1e6
-                if with_lmdb:
-                    sizes = (LMDB, num_files, folder), (LMDB, small, folder)
-                    case.peak_bytes[LMDB] = peak_memory(build, *sizes, memory_gb)
-            report.add(case)
-            readers = {READ_OURS: read_ours(root / "ours")}
-            if with_lmdb:
-                readers[READ_LMDB] = read_rosinality(root / "lmdb", count)
-            case = Case({"images": count, "what": "read back shuffled"})
-            case.add(compare(readers, clock, rounds), references=(READ_OURS, READ_LMDB))
-            case.checks["images per second"] = count / case.seconds[READ_OURS]
-            report.add(case)
+            if report.wants(case):
+                run_write(case, clock, rounds, images, root, folder)
+                if memory_gb:
+                    measure_memory(case, num_files, folder, memory_gb)
+                report.add(case)
+            for batch in READ_BATCHES:
+                case = Case({"images": count, "what": "read back shuffled", "batch": batch})
+                if report.wants(case):
+                    run_read(case, clock, rounds, images, root, folder, batch)
+                    report.add(case)
+
+
+def run_write(case: Case, clock: Clock, rounds: int, images: ImageDataset, root: Path, folder: str | None) -> None:
+    writers = {OURS: write_ours(images, root / "ours")}
+    if folder is not None:
+        writers[LMDB] = write_rosinality(images, root / "lmdb", folder)
+    case.add(compare(writers, clock, rounds), references=(OURS, LMDB))
+    case.checks["images per second"] = len(images) / case.seconds[OURS]
+    case.checks["bytes per image"] = _bytes(root / "ours") / len(images)
+    if folder is not None:
+        case.checks["bytes per image in LMDB"] = _bytes(root / "lmdb") / len(images)
+
+
+def measure_memory(case: Case, num_files: int, folder: str | None, memory_gb: float) -> None:
+    small = SIZES["quick"][0]
+    case.peak_bytes[OURS] = peak_memory(build, (OURS, num_files), (OURS, small), memory_gb)
+    four_times = peak_memory(build, (OURS, 4 * num_files), (OURS, small), memory_gb)
+    if four_times is not None:
+        case.checks["peak MB at four times the images"] = four_times / 1e6
+    if folder is not None:
+        case.peak_bytes[LMDB] = peak_memory(build, (LMDB, num_files, folder), (LMDB, small, folder), memory_gb)
+
+
+def run_read(
+    case: Case, clock: Clock, rounds: int, images: ImageDataset, root: Path, folder: str | None, batch: int
+) -> None:
+    write_ours(images, root / "ours")()
+    readers = {READ_OURS: read_ours(root / "ours", batch)}
+    if folder is not None:
+        write_rosinality(images, root / "lmdb", folder)()
+        readers[READ_LMDB] = read_rosinality(root / "lmdb", len(images), batch)
+    case.add(compare(readers, clock, rounds), references=(READ_OURS, READ_LMDB))
+    case.checks["images per second"] = len(images) / case.seconds[READ_OURS]
 
 
 def _bytes(folder: Path) -> int:

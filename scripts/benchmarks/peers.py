@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import shutil
+import subprocess
 import sys
 import types
 import warnings
@@ -33,6 +35,8 @@ class Peers:
             name, _, folder = text.partition("=")
             if name not in FOLDERS:
                 raise ValueError(f"unknown peer '{name}'; choose from {', '.join(FOLDERS)}, as NAME=FOLDER")
+            if not folder:
+                raise ValueError(f"--peer {name} has no folder; write --peer {name}=FOLDER")
             if not (Path(folder) / FOLDERS[name]).is_file():
                 raise ValueError(f"--peer {text}: {folder} is not a work tree of {name}, it has no {FOLDERS[name]}")
             self.folders[name] = Path(folder).absolute()
@@ -40,9 +44,16 @@ class Peers:
     def has(self, name: str) -> bool:
         return name in self.folders or (name in PACKAGES and importlib.util.find_spec(name) is not None)
 
-    def module(self, name: str, module: str) -> types.ModuleType:
-        """A module of a peer's work tree. Its own imports are found there, and forgotten afterwards."""
-        return load(str(self.folders[name]), module)
+    def versions(self) -> dict[str, str]:
+        """The commit of each work tree that git knows."""
+        found = {}
+        for name, folder in self.folders.items() if shutil.which("git") else ():
+            command = ["git", "rev-parse", "--show-prefix", "--short", "HEAD"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            prefix, _, commit = done.stdout.partition("\n")
+            if done.returncode == 0 and not prefix:  # else the folder is a part of another work tree
+                found[name] = commit.strip()
+        return found
 
 
 def load(folder: str, module: str) -> types.ModuleType:

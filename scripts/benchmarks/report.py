@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.floors import machine_floors
 from benchmarks.measure import Clock, Timing
+from benchmarks.peers import Peers
 from pipelines.files import atomic_file, write_json_atomic
 
 PACKAGES = ("torch", "numpy", "transformers", "diffusers", "vector-quantize-pytorch", "lmdb")
@@ -63,19 +64,22 @@ class Report:
 
     Args:
         benchmark: its name.
+        peers: with what; a work tree's commit stands among the versions.
         clock: what time was measured.
         rounds: paired measurements per case.
         memory_gb: limit of the processes in which memory was measured.
+        only: text that the titles of the cases must contain; it becomes a part of the files' name.
     """
 
-    def __init__(self, benchmark: str, clock: Clock, rounds: int, memory_gb: float):
-        self.benchmark = benchmark
+    def __init__(self, benchmark: str, peers: Peers, clock: Clock, rounds: int, memory_gb: float, only: str = ""):
+        self.benchmark, self.only = benchmark, only
         self.cases: list[Case] = []
+        self.titles: list[str] = []
         self.head = {
             "benchmark": benchmark,
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(clock.threads),
-            "versions": installed(PACKAGES),
+            "versions": installed(PACKAGES) | peers.versions(),
             "clock": clock.name,
             "rounds": rounds,
             "memory_limit_gb": memory_gb,
@@ -84,6 +88,11 @@ class Report:
         print(f"{benchmark}: {self.head['machine']['cpu']}, {clock.name} of {clock.threads} thread(s), medians of "
               f"{rounds} paired rounds with quartiles; "
               + ", ".join(f"{name} {value:.3g}" for name, value in self.head["floors"].items()))  # fmt: skip
+
+    def wants(self, case: Case) -> bool:
+        """Whether `only` is in its title; to be asked about every case."""
+        self.titles.append(case.title)
+        return self.only in case.title
 
     def add(self, case: Case) -> None:
         self.cases.append(case)
@@ -96,15 +105,16 @@ class Report:
     def write(self, folder: Path) -> None:
         """NAME.json, NAME.md and, where matplotlib is installed, NAME.png."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(folder / f"{self.benchmark}.json", {**self.head, "cases": [asdict(c) for c in self.cases]})
-        with atomic_file(folder / f"{self.benchmark}.md") as file:
+        name = "-".join([self.benchmark, *self.only.split()])
+        write_json_atomic(folder / f"{name}.json", {**self.head, "cases": [asdict(case) for case in self.cases]})
+        with atomic_file(folder / f"{name}.md") as file:
             file.write(self.markdown().encode())
         try:
             from benchmarks.chart import draw
         except ModuleNotFoundError:
             print("no chart: pip install 'tessera-codes[bench]'")
         else:
-            draw(self, folder / f"{self.benchmark}.png")
+            draw(self, folder / f"{name}.png")
 
     def markdown(self) -> str:
         head = self.head
@@ -121,7 +131,7 @@ class Report:
             header, *rows = case.table()
             lines += ["", f"## {case.title}", ""]
             if rows:
-                lines += [_markdown_row(row) for row in (header, ["---"] * len(header), *rows)] + [""]
+                lines += [markdown_row(row) for row in (header, ["---"] * len(header), *rows)] + [""]
             lines += [f"- {what}: {value:.4g}" for what, value in case.checks.items()]
         return "\n".join(lines) + "\n"
 
@@ -162,5 +172,5 @@ def _aligned(table: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
 
 
-def _markdown_row(cells: list[str]) -> str:
+def markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"

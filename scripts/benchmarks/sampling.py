@@ -82,8 +82,7 @@ def huggingface(batch: int, side: int, kind: str) -> Callable:
 def llamagen(batch: int, side: int, folder: str) -> Callable:
     models = load(folder, "autoregressive.models.gpt")
     generate = load(folder, "autoregressive.models.generate")
-    if not hasattr(torch.backends.cuda, "sdp_kernel"):  # gone from torch, and about GPUs
-        torch.backends.cuda.sdp_kernel = lambda **options: nullcontext()
+    torch.backends.cuda.sdp_kernel = lambda **options: nullcontext()  # deprecated in torch, and about GPUs
     arguments = models.ModelArgs(
         dim=DIM, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCAB, block_size=side * side, num_classes=CLASSES
     )
@@ -174,6 +173,8 @@ def build(name: str, batch: int, side: int, folder: str | None = None) -> Callab
 def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, memory_gb: float) -> None:
     for model, batch, side in SIZES[sizes]:
         case = Case({"model": model, "batch": batch, "codes": side * side})
+        if not report.wants(case):
+            continue
         if model == "gpt":
             run_gpt(case, peers, clock, rounds, batch, side, memory_gb)
         else:
@@ -192,10 +193,20 @@ def run_gpt(case: Case, peers: Peers, clock: Clock, rounds: int, batch: int, sid
     makers[FLOOR] = (FLOOR, batch, side)
     candidates = {label: build(*arguments) for label, arguments in makers.items()}
     case.add(compare(candidates, clock, rounds), references=(FLOOR, OURS))
+    case.checks["fraction of the floor's speed"] = 1 / case.ratios[FLOOR][OURS][1]
     if memory_gb:
         for label, (name, *_, last) in makers.items():
             small = (name, 1, 2, last) if isinstance(last, str) else (name, 1, 2)
             case.peak_bytes[label] = peak_memory(build, makers[label], small, memory_gb)
+        longer = peak_memory(build, ("gpt", batch, 2 * side), ("gpt", 1, 2), memory_gb)
+        case.checks["MB of keys and values"] = keys_values_bytes(batch, side) / 1e6
+        case.checks["MB of keys and values of four times the codes"] = keys_values_bytes(batch, 2 * side) / 1e6
+        if longer is not None:
+            case.checks["peak MB of four times the codes"] = longer / 1e6
+
+
+def keys_values_bytes(batch: int, side: int) -> int:
+    return 2 * LAYERS * batch * side * side * DIM * 4
 
 
 def run_convolutional(case: Case, peers: Peers, clock: Clock, rounds: int, model: str, batch: int, side: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Clock, compare, peak_memory
 from benchmarks.peers import Peers, load
@@ -88,10 +89,17 @@ def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, mem
             makers["rosinality"] = ("rosinality", batch, side, str(peers.folders["rosinality"]))
         if peers.has("diffusers"):
             makers["diffusers VQModel"] = ("diffusers VQModel", batch, side)
-        candidates = {label: build(*arguments) for label, arguments in makers.items()}
         case = Case({"images": batch, "pixels": f"{side}x{side}"})
+        if not report.wants(case):
+            continue
+        candidates = {label: build(*arguments) for label, arguments in makers.items()}
         case.add(compare(candidates, clock, rounds), references=(OURS, "rosinality"))
         case.checks["images per second"] = batch / case.seconds[OURS]
+        with FlopCounterMode(display=False) as counter:
+            candidates[OURS]()
+        rate = counter.get_total_flops() / 1e9 / case.seconds[OURS]
+        case.checks["GFLOP/s"] = rate
+        case.checks["of the rate of a bare GEMM"] = rate / report.head["floors"]["GEMM GFLOP/s"]
         if memory_gb:
             for label, (name, _, _, *folder) in makers.items():
                 case.peak_bytes[label] = peak_memory(build, makers[label], (name, 1, 16, *folder), memory_gb)

@@ -1,5 +1,6 @@
 """What the training loop adds to a step of a small model, and how long it takes to import the library and to load."""
 
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import Clock, compare
+from benchmarks.measure import Clock, Timing, compare
 from benchmarks.peers import Peers
 from benchmarks.report import Case, Report
 from pipelines.images import DataConfig, load_images
@@ -26,7 +27,7 @@ from tokenizer import VQVAE, VQVAEConfig
 
 STEPS = {"quick": (2, 4), "full": (50, 350)}
 BATCH, HIDDEN = 100, 200
-LOOP, BARE = "tessera loop", "bare step: forward, backward, AdamW"
+LOOP, BARE = "tessera loop", "floor: forward, backward, AdamW"
 # CPU and wall seconds of the import, then of the load beyond it
 PROBE = """
 import sys, time
@@ -118,25 +119,33 @@ def save_pipeline(folder: Path) -> None:
 
 
 def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, memory_gb: float) -> None:
-    few, many = STEPS[sizes]
+    case = Case({"model": "784-200-200-200-200-784", "batch": BATCH})
+    if report.wants(case):
+        run_loop(case, clock, rounds, *STEPS[sizes])
+        report.add(case)
+    case = Case({"what": "import and load"})
+    if report.wants(case):
+        run_start_up(case, rounds)
+        report.add(case)
+
+
+def run_loop(case: Case, clock: Clock, rounds: int, few: int, many: int) -> None:
     images, validation = data()
     # What a step costs is the difference of a long and a short run: both start, evaluate and save once
     candidates = {n: bare(n, images) for n in (few, many)} | {-n: loop(n, images, validation) for n in (few, many)}
     timings = compare(candidates, clock, rounds, shortest=0.0)
     for name, sign in ((BARE, 1), (LOOP, -1)):
         pairs = zip(timings[sign * many].seconds, timings[sign * few].seconds)
-        timings[name] = type(timings[few])([(long - short) / (many - few) for long, short in pairs])
-    case = Case({"model": "784-200-200-200-200-784", "batch": BATCH})
-    case.add({name: timings[name] for name in (LOOP, BARE)}, references=(BARE,))
+        timings[name] = Timing([(long - short) / (many - few) for long, short in pairs])
+    case.add({name: timings[name] for name in (LOOP, BARE)}, references=(LOOP, BARE))
     added = (case.seconds[LOOP] - case.seconds[BARE]) * 1e3
     case.checks["ms that the loop adds to a step, fresh binarisation of the batch included"] = added
-    report.add(case)
+
+
+def run_start_up(case: Case, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_pipeline(Path(folder))
         starts = [start_up(Path(folder)) for _ in range(rounds)]
-    case = Case({"what": "import and load"})
-    middle = [sorted(numbers)[len(starts) // 2] for numbers in zip(*starts)]
     names = ("CPU seconds of the import", "seconds of the import", "CPU seconds of from_pretrained beyond it",
              "seconds of from_pretrained beyond it")  # fmt: skip
-    case.checks = dict(zip(names, middle))
-    report.add(case)
+    case.checks = dict(zip(names, map(statistics.median, zip(*starts))))
