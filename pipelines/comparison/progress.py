@@ -1,0 +1,129 @@
+"""How far a comparison is: which model of how many, which of its stages, the time gone and about how much is left."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Lines on standard error at each stage, and on a terminal a bar that counts within it.
+
+    Args:
+        steps: {stage: steps of it}, for stages that count their steps.
+        in_words: {stage: its name for people}.
+        seconds: {stage: seconds that it took on average in earlier runs}, for the estimate.
+        stream: where lines go; default standard error.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: dict[str, int],
+        in_words: dict[str, str],
+        seconds: dict[str, list[float]] | None = None,
+        stream=None,
+    ):
+        self.steps, self.in_words = steps, in_words
+        self.seconds = {stage: list(values) for stage, values in (seconds or {}).items()}
+        self.stream = stream or sys.stderr
+        self.plan: list[tuple[int, str, str]] = []  # number of the model, its title, stage; those not begun yet
+        self.count, self.current = 0, None
+        self.done_steps = 0
+        self.bar = None
+
+    def start(self, missing: list[tuple[str, list[str]]]) -> None:
+        """Args: missing: for each model its title and the stages to run."""
+        self.began = time.monotonic()
+        self.count = len(missing)
+        self.plan = [(number, title, stage) for number, (title, stages) in enumerate(missing) for stage in stages]
+        ready = sum(not stages for _, stages in missing)
+        self.say(
+            f"{self.count} model{'s' if self.count != 1 else ''}, {ready} of them ready, "
+            f"{len(self.plan)} stage{'s' if len(self.plan) != 1 else ''} to run"
+        )
+        self.bar = tqdm(
+            total=len(self.plan),
+            disable=None,
+            file=self.stream,
+            dynamic_ncols=True,
+            bar_format="{desc} |{bar:20}| {postfix}",
+        )
+
+    def begin(self, number: int, title: str, stage: str) -> None:
+        """A stage that nobody had foreseen may begin too: one of a model whose tokenizer has just changed."""
+        self.current = (number, title, stage)
+        self.plan = [item for item in self.plan if item != self.current]
+        self.stage_began, self.done_steps = time.monotonic(), 0
+        self.say(f"{self.headline()}, {self.times()}")
+        self._show()
+
+    def at(self, step: int) -> None:
+        """The stage is at `step`, 0 where it does not count."""
+        self.done_steps = step
+        self._show()
+
+    def end(self, well: bool) -> None:
+        _, _, stage = self.current
+        if well:
+            self.seconds.setdefault(stage, []).append(time.monotonic() - self.stage_began)
+        self.current = None
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def drop(self, number: int) -> None:
+        """The rest of a model is not to be run."""
+        self.plan = [item for item in self.plan if item[0] != number]
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def headline(self) -> str:
+        number, title, stage = self.current
+        return f"[{number + 1}/{self.count}] {title}: {self.in_words[stage]}"
+
+    def times(self) -> str:
+        left = self.seconds_left()
+        gone = duration(time.monotonic() - self.began)
+        return f"{gone} gone" + ("" if left is None else f", about {duration(left)} left")
+
+    def seconds_left(self) -> float | None:
+        """From the mean time of each kind of stage, or of all where a kind is new; None while nothing is known."""
+        known = [value for values in self.seconds.values() for value in values]
+        rest = 0.0
+        if self.current is not None:
+            stage, gone = self.current[2], time.monotonic() - self.stage_began
+            fraction = min(1.0, self.done_steps / self.steps[stage]) if stage in self.steps else 0.0
+            if fraction > 0:
+                known = [*known, gone / fraction]
+                rest = gone / fraction - gone
+            elif known:
+                rest = max(0.0, self._mean(stage, known) - gone)
+        if not known:
+            return None
+        return rest + sum(self._mean(stage, known) for _, _, stage in self.plan)
+
+    def _mean(self, stage: str, known: list[float]) -> float:
+        values = self.seconds.get(stage) or known
+        return sum(values) / len(values)
+
+    def say(self, line: str) -> None:
+        tqdm.write(line, file=self.stream)
+
+    def _show(self) -> None:
+        if self.bar is None or self.bar.disable:
+            return
+        stage = self.current[2]
+        steps = f", step {self.done_steps:,} of {self.steps[stage]:,}" if stage in self.steps else ""
+        self.bar.set_description_str(self.headline() + steps, refresh=False)
+        self.bar.set_postfix_str(self.times())
+
+
+def duration(seconds: float) -> str:
+    """45 s, 3 min 20 s, 2 h 5 min."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
