@@ -141,7 +141,7 @@ def test_samples_are_the_same_on_two_processes_as_on_one(run_folder):
     done = run(folder, "sample", *options, "--output", "one.png", "--animation", "codes.gif")
     assert done.returncode == 0, done.stderr[-3000:]
     done = launch(folder, "sample", *options, "--output", "two.png", num_processes=2)
-    assert done.stdout.split() == ["two.png"]
+    assert done.stdout.count("two.png") == 1  # one process speaks
     assert (folder / "one.png").read_bytes() == (folder / "two.png").read_bytes()
     with Image.open(folder / "codes.gif") as animation, Image.open(folder / "one.png") as picture:
         assert animation.n_frames == 17  # of 16 codes, and without any
