@@ -36,6 +36,7 @@ FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-unsafe-swi
          "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--window-size=1280,1400"]  # fmt: skip
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxies the environment names
+MASK_COLOUR = [255, 32, 96]
 HUES = ("red", "green", "blue")
 
 
@@ -134,7 +135,7 @@ def page(browser, server):
     browser.get(server.address)
     opened = Page(browser)
     opened.wait("#drawing canvas")
-    wait_for(lambda: opened.drawn("#drawing"), "the canvas to be drawn")
+    opened.wait_for_middle("#drawing", lambda colour: colour == [0, 0, 0])
     yield opened
     complaints = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert complaints == opened.expected_complaints
@@ -197,10 +198,13 @@ class Page:
             stroke = stroke.move_by_offset(*step)
         stroke.release().perform()
 
-    def drawn(self, selector: str) -> bool:
-        """Whether a canvas shows more than the plain ground that it starts with."""
-        shot = Image.open(io.BytesIO(self.wait(f"{selector} canvas").screenshot_as_png)).convert("L")
-        return shot.getextrema()[0] < 40 and shot.getpixel((shot.width // 2, shot.height // 2)) < 40
+    def middle(self, selector: str) -> list[int]:
+        """The colour in the middle of a canvas."""
+        shot = Image.open(io.BytesIO(self.wait(f"{selector} canvas").screenshot_as_png)).convert("RGB")
+        return list(shot.getpixel((shot.width // 2, shot.height // 2)))
+
+    def wait_for_middle(self, selector: str, condition) -> None:
+        wait_for(lambda: condition(self.middle(selector)), f"the middle of {selector} to change")
 
     def upload(self, selector: str, path: Path) -> None:
         field = self.driver.execute_script(
@@ -219,11 +223,6 @@ class Page:
         return wait_for(found, f"the message '{containing}'")
 
 
-def hidden_share(picture: np.ndarray) -> float:
-    """The share of the right half of two images beside each other that is grey, as hidden pixels are."""
-    return (picture[:, picture.shape[1] // 2 :] == 127).all(axis=2).mean().item()
-
-
 def test_what_is_drawn_is_reconstructed_with_its_codes(page):
     before = page.source("#reconstruction")
     page.paint("#drawing", (-60, -60), (120, 120))
@@ -235,6 +234,8 @@ def test_what_is_drawn_is_reconstructed_with_its_codes(page):
 
 
 def test_images_arrive_code_by_code_and_can_be_sent_to_other_tabs(page):
+    from selenium.webdriver import ActionChains
+
     page.open_tab("sample")
     page.wait("#sample")
     # In the page itself: asked from outside, a busy machine would answer too late
@@ -252,9 +253,10 @@ def test_images_arrive_code_by_code_and_can_be_sent_to_other_tabs(page):
     assert any(0 < int(entry.split()[0]) < 1024 for entry in seen)
     picture = page.picture("#samples")
     assert picture.shape[0] == picture.shape[1]  # 16 images, 4 by 4
-    page.click("#samples img")
+    click = ActionChains(page.driver).move_to_element_with_offset(page.wait("#samples img"), -60, -60).click()
+    click.perform()
     page.click("#send-to-hole")
-    page.wait("#hole canvas")
+    page.wait_for_middle("#hole", lambda colour: colour != [0, 0, 0])
 
 
 def test_drawing_is_stopped(page):
@@ -275,31 +277,35 @@ def test_drawing_is_stopped(page):
 
 def test_what_is_painted_over_is_completed(page):
     page.open_tab("complete")
-    page.wait("#hole canvas")
+    page.wait_for_middle("#hole", lambda colour: colour == [0, 0, 0])
     page.click("#complete")
     page.toast("nothing is painted")
     page.click("#hole-sample")
-    time.sleep(2)  # the canvas has no sign of having taken the image
-    page.paint("#hole", (-120, 90), (240, 0))
-    time.sleep(1)
+    page.wait_for_middle("#hole", lambda colour: colour != [0, 0, 0])
+    page.paint("#hole", (-60, 0), (120, 0))
+    page.wait_for_middle("#hole", lambda colour: colour == MASK_COLOUR)
     page.click("#complete")
     wait_for(lambda: len(page.all("#completions img")) == 8, "8 completions")
-    share = hidden_share(page.picture("#hidden"))
-    assert 0.1 < share < 0.6
+    hidden = page.picture("#hidden")
+    share = (hidden[:, hidden.shape[1] // 2 :] == 127).all(axis=2).mean()
+    assert 0.05 < share < 0.6
 
 
 def test_codes_are_swapped(page):
     page.open_tab("swap")
+    page.wait_for_middle("#first", lambda colour: colour == [0, 0, 0])
     page.click("#first-sample")
+    page.wait_for_middle("#first", lambda colour: colour != [0, 0, 0])
     before = page.source("#second")
     page.click("#second-sample")
     page.new_picture("#second", before)
-    time.sleep(2)
     page.click("#swap")
-    three = page.picture("#swapped")
-    first, mixed, second = np.array_split(three, 3, axis=1)
+    first, mixed, second = np.array_split(page.picture("#swapped")[:, :-2], 3, axis=1)  # without the last frame
+    half = len(first) // 2
     assert not np.array_equal(first, second)
-    assert not np.array_equal(mixed[: len(mixed) // 3], first[: len(mixed) // 3])
+    assert np.array_equal(mixed[: half - 40], second[: half - 40])  # but where the decoder sees both
+    assert np.array_equal(mixed[half + 40 :], first[half + 40 :])
+    assert page.picture("#swapped-codes-0").shape[:2] == (448, 448)
 
 
 def test_an_uploaded_picture_is_seen(page, tmp_path):
