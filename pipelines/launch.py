@@ -1,9 +1,10 @@
-"""How a process takes its place: the accelerator, the launcher it belongs to, and signals to stop."""
+"""How a process takes its place and how it ends: the accelerator, the launcher it belongs to, signals to stop."""
 
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -112,3 +113,22 @@ class StopRequest:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         self.signal_number = int(flag.item()) or None
         return self.signal_number is not None
+
+
+def exit_process(status: int | str = 0) -> NoReturn:
+    """Ends a script like `sys.exit`, and safely so where it is one of several processes.
+
+    The threads of gloo let go of a collective some time after it is done, and with it of Python objects that they
+    carried along (torch 2.13). Where the interpreter is closing down by then, that aborts the process, and a run that
+    did all it should fails with SIGABRT. So the interpreter does not close down here: there is nothing left for it to
+    do.
+    """
+    if not dist.is_initialized():
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    if status == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)

@@ -16,6 +16,7 @@ from pipelines.checkpoint import load_tokenizer
 from pipelines.config import differences, flatten, has_config_file, read_yaml, wants_json
 from pipelines.files import atomic_file
 from pipelines.images import DataConfig, ImageDataset, load_images
+from pipelines.launch import exit_process
 from pipelines.report import format_table
 from tokenizer.base import Tokenizer
 
@@ -65,11 +66,13 @@ def run_script(main: Callable[[], Outcome | None]) -> None:
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        exit_process(f"error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        exit_process(130)
+    except SystemExit as stop:  # of a run that was told to stop
+        exit_process(stop.code)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        exit_process()
 
 
 def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:

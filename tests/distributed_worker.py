@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from safetensors.torch import save_file
 
-from pipelines.launch import make_accelerator
+from pipelines.launch import exit_process, make_accelerator
 from pipelines.training import Update, adamw, fit
 from tests.test_training import CONFIG, make
 
@@ -36,3 +36,4 @@ for model in arguments.models:
     fit(accelerator, [update], train_data, validation_data, folder=folder, config=config, resolved={"model": model})
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}
     save_file(tensors, arguments.folder / f"{model}-process{accelerator.process_index}.safetensors")
+exit_process()

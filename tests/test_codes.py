@@ -465,6 +465,7 @@ sys.path.insert(0, {tests!r})
 import test_codes
 from pathlib import Path
 from accelerate import Accelerator
+from pipelines.launch import exit_process
 
 accelerator = Accelerator()
 assert accelerator.num_processes == 2
@@ -479,7 +480,7 @@ try:
     test_codes.dump(Path(sys.argv[1]) / "9", test_codes.digits(9), accelerator=accelerator, fingerprint="other")
 except ValueError as error:
     (Path(sys.argv[1]) / f"refused{{accelerator.process_index}}").write_text(str(error))
-accelerator.end_training()
+exit_process()
 """
 
 

@@ -1,6 +1,7 @@
 """The comparison: which models it is of, what is trained and what is skipped, and the script as its users run it."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,15 +14,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.checkpoint import build_prior
 from pipelines.comparison.entries import Entry, check_models, read_entries, resolve
 from pipelines.comparison.progress import Progress, duration
 from pipelines.comparison.running import IN_WORDS, Runner, members_of
 from pipelines.config import differences, read_yaml
 from pipelines.training import TrainingConfig
+from prior.base import CodeSpec
 from tests.outline import Outline
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "scripts" / "configs").glob("comparison_*.yaml"))
+CONFIGS = ROOT / "scripts" / "configs"
+RECIPES = sorted(CONFIGS.glob("comparison_*.yaml"))
 VQ = {
     "type": "vqvae",
     "downsample_factor": 4,
@@ -159,19 +163,37 @@ def test_a_model_that_cannot_be_built_is_refused_before_training(tmp_path, model
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_recipes_compare_the_models_that_they_promise_at_one_budget_and_likelihood(path):
+def test_the_recipes_compare_at_one_budget_and_likelihood(path):
     entries = resolved(path)
-    tokenizers = {entry.stage_one["tokenizer"]["type"] for entry in entries}
-    quantizers = {entry.stage_one["tokenizer"].get("quantizer", {}).get("type") for entry in entries}
-    assert {"vqvae", "vqvae2", "dvaepp", "gaussian_vae"} <= tokenizers
-    assert {"ema_vq", "fsq", "lfq", "residual", "gumbel"} <= quantizers
-    if "mnist" in path.stem:
-        assert {"nvil", "vimco", "concrete", "dvaesharp"} <= tokenizers
     for stage in ("stage_one", "stage_two"):
         trainings = [getattr(entry, stage)["training"] for entry in entries if getattr(entry, stage)]
         assert len({(training["total_steps"], training["batch_size"]) for training in trainings}) == 1
     assert len({json.dumps(entry.stage_one["tokenizer"]["likelihood"]) for entry in entries}) == 1
     assert f"--entries scripts/configs/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10"])
+def test_the_recipes_of_tokenizers_compare_those_that_they_promise(data):
+    entries = resolved(CONFIGS / f"comparison_{data}.yaml")
+    tokenizers = {entry.stage_one["tokenizer"]["type"] for entry in entries}
+    quantizers = {entry.stage_one["tokenizer"].get("quantizer", {}).get("type") for entry in entries}
+    assert {"vqvae", "vqvae2", "dvaepp", "gaussian_vae"} <= tokenizers
+    assert {"ema_vq", "fsq", "lfq", "residual", "gumbel"} <= quantizers
+    if data == "mnist":
+        assert {"nvil", "vimco", "concrete", "dvaesharp"} <= tokenizers
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10"])
+def test_the_recipes_of_priors_compare_equal_sizes_over_the_same_codes(data):
+    levels = {"vqvae": CodeSpec(((8, 8),), (512,)), "vqvae2": CodeSpec(((4, 4), (8, 8)), (512, 512))}
+    sizes = {tokenizer: {} for tokenizer in levels}
+    for entry in resolved(CONFIGS / f"comparison_priors_{data}.yaml"):
+        tokenizer, options = entry.stage_one["tokenizer"]["type"], entry.stage_two["prior"]
+        prior = build_prior({**options, "spec": levels[tokenizer]})
+        sizes[tokenizer][options["type"]] = sum(parameter.numel() for parameter in prior.parameters())
+    for of_priors in sizes.values():
+        assert of_priors.keys() == {"pixelcnn", "pixelsnail", "gpt"}
+        assert max(of_priors.values()) < 1.1 * min(of_priors.values())
 
 
 # What is run
@@ -485,6 +507,8 @@ def test_two_models_are_trained_measured_and_shown(tmp_path):
     measured = json.loads((tmp_path / "out" / "models" / "vq" / "evaluation.json").read_text())["metrics"]
     assert differences({name: rows["vq"][name] for name in measured}, measured) == {}
     assert rows["vq"]["stage_two_steps"] == rows["normals"]["stage_one_steps"] == 3
+    assert rows["vq"]["uniform_nats_per_code"] == pytest.approx(math.log(8))
+    assert 0 < rows["vq"]["unigram_nats_per_code"] < math.log(8)
     assert rows["normals"]["tokenizer_parameters"] > 0
     assert rows["normals"]["num_draws"] == 2
 

@@ -95,3 +95,29 @@ def test_an_error_on_one_process_ends_the_job(runs, tmp_path):
     done = run_worker(tmp_path, 2, "gpt", "--fail_on", "1")
     assert done.returncode != 0
     assert "asked to fail" in done.stderr
+
+
+# Of a group of one process, which needs no launcher
+ENDING = """
+import atexit, sys
+from pipelines.launch import exit_process
+import torch.distributed as dist
+
+atexit.register(print, "the interpreter closes down")
+if sys.argv[1]:
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+print("done")
+exit_process(eval(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(("status", "code"), [("0", 0), ("143", 143), ("'error: no'", 1)])
+@pytest.mark.parametrize("in_group", [True, False])
+def test_one_of_several_processes_ends_without_closing_down_the_interpreter(tmp_path, status, code, in_group):
+    store = str(tmp_path / "store") if in_group else ""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", ENDING, store, status]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines() == ["done"] + ["the interpreter closes down"] * (not in_group)
+    assert ("error: no" in done.stderr) == (code == 1)

@@ -57,6 +57,9 @@ COLUMNS = (
     Column("log_partition", "log Z", "nats", None, 2,
            "Normaliser of a Boltzmann prior; ± is the standard error of its estimate.", "log_partition_se"),
     Column("prior_nats_per_code", "prior", "nats/code", None, 3, "Nats per code under the prior."),
+    Column("unigram_nats_per_code", "unigram", "nats/code", None, 3,
+           "Nats per validation code under how often each code occurs in training: what a prior must beat."),
+    Column("uniform_nats_per_code", "uniform", "nats/code", None, 3, "Nats per code where all are equally likely."),
     Column("tokenizer_parameters", "tokenizer", "parameters", None, 0, "Parameters of the tokenizer."),
     Column("prior_parameters", "prior", "parameters", None, 0,
            "Parameters of the second stage, or of the prior that was learned with the tokenizer."),
@@ -143,7 +146,7 @@ def training_folder(member: Member, stage: str) -> Path:
 
 
 def training_of(member: Member) -> dict[str, float]:
-    """Steps and seconds of each stage; what its logs do not say is missing."""
+    """Steps and seconds of each stage, and nats per code of a unigram table; what its logs do not say is missing."""
     found: dict[str, float] = {}
     for stage in ("stage_one", "stage_two"):
         folder = training_folder(member, stage) / stage
@@ -157,6 +160,8 @@ def training_of(member: Member) -> dict[str, float]:
                 seconds += (line["step"] - last) * batch_size / rate
                 last = line["step"]
         found |= {f"{stage}_steps": lines[-1]["step"], f"{stage}_seconds": seconds}
+        if unigram := _points(lines, "unigram_nll"):
+            found["unigram_nats_per_code"] = unigram[-1][1]
     return found
 
 
