@@ -1,5 +1,7 @@
 """Exact nearest-neighbour search in a codebook, in tiles: the N x K distances never exist all at once."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,8 @@ from torch import Tensor
 # Elsewhere launches dominate, all entries come at once, and 64 MB is still nothing.
 CPU_TILE, CPU_COLUMNS = 2**19, 1024
 DEVICE_TILE = 2**24
+# Where the search is one kernel instead, if there is Triton, which torch brings to Linux with its GPU builds
+FUSED_DEVICE = "cuda"
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -25,7 +29,6 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 class Search:
     """`nearest` for several lots of vectors, which share what depends on the codebook (K, D) alone."""
 
-    @torch.no_grad()
     def __init__(self, codebook: Tensor):
         codebook = codebook.detach().float()
         on_cpu = codebook.device.type == "cpu"
@@ -33,13 +36,17 @@ class Search:
         self.rows = max(1, (CPU_TILE if on_cpu else DEVICE_TILE) // self.columns)
         # |x - w|^2 / 2 = |x|^2 / 2 + (|w|^2 / 2 - x.w), and the first term is the same for every entry w.
         half_squares = codebook.square().sum(dim=1) / 2
+        self.codebook = codebook.contiguous(), half_squares
         self.blocks = list(zip(codebook.split(self.columns), half_squares.split(self.columns)))
         self.tile = codebook.new_empty(0)
+        self.fused = _fused_search() if codebook.device.type == FUSED_DEVICE else None
 
-    @torch.no_grad()
     def __call__(self, vectors: Tensor) -> Tensor:
         """(N,) int64 from (N, D)."""
-        with torch.autocast(vectors.device.type, enabled=False):
+        # not as decorators: torch.compile cannot look through those
+        with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+            if self.fused is not None:
+                return self.fused(vectors.float().contiguous(), *self.codebook)
             codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
             size = min(self.rows, len(vectors)) * self.columns
             if self.tile.numel() < size:
@@ -65,6 +72,14 @@ class Search:
                 nearer = values < smallest  # strictly: of equal ones the first is kept
                 codes.copy_(torch.where(nearer, indices + number * self.columns, codes))
                 smallest = torch.where(nearer, values, smallest)
+
+
+def _fused_search() -> Callable | None:
+    try:
+        import tokenizer.quantizers.nearest_triton  # noqa: F401  here, since it imports Triton
+    except ModuleNotFoundError:
+        return None
+    return torch.ops.tessera.nearest
 
 
 def _row_minima(distances: Tensor) -> Tensor:
