@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
 from prior.base import PADDING, Codes, CodeSpec, check_fraction, check_positive
+from prior.gpt_cuda_decoder import GraphDecoder
 from prior.gpt_decoder import Decoder
 
 NORM_EPS = 1e-6
+# What takes over from `Transformer.forward` after the prefix, where it serves the device, dtype and mode at hand
+DECODERS = (Decoder, GraphDecoder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +108,9 @@ class GPT(AutoregressivePrior):
         tokens, decoder = self.prefix(classes), None
         for level, length in enumerate(self.spec.lengths):
             for _ in range(length):
-                if decoder is None and caches[0].length > 0 and Decoder.serves(self.model):
-                    decoder = Decoder(self.model, caches, rotation)
+                if decoder is None and caches[0].length > 0:
+                    serving = [kind for kind in DECODERS if kind.serves(self.model)]
+                    decoder = serving[0](self.model, caches, rotation) if serving else None
                 if decoder is None:
                     logits = self._head(self.model(tokens, rotation, caches)[:, -1], level)
                 else:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from prior import gpt_decoder
+from prior import gpt, gpt_cuda_decoder, gpt_decoder
 from prior.base import CodeSpec
 from prior.gpt import GPT, Cache, GPTConfig, rotary_table
+from prior.gpt_cuda_decoder import GraphDecoder, StaticDecoder
 
 
 def make(positions: str, **options) -> GPT:
@@ -76,3 +78,100 @@ def decoder(batch: int) -> gpt_decoder.Decoder:
         made = gpt_decoder.Decoder(prior.model, caches, rotation)
     assert not any(hasattr(cache, "keys") or hasattr(cache, "values") for cache in caches)  # one copy is enough
     return made
+
+
+# The decoder for GPUs
+# ------------------------------------------------------------------------------------------------
+
+
+class ReplayedDecoder(StaticDecoder):
+    """A `GraphDecoder` for any device: what a step does is recorded once, and replayed for other tokens and places."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.graphs = {}
+
+    def hidden(self, num_places: int) -> torch.Tensor:
+        if num_places not in self.graphs:
+            self.graphs[num_places] = make_fx(lambda: StaticDecoder.hidden(self, num_places))()
+        return self.graphs[num_places]()
+
+
+@pytest.fixture
+def decode_by(monkeypatch):
+    return lambda *kinds: monkeypatch.setattr(gpt, "DECODERS", kinds)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])
+@settings(deadline=None, max_examples=25)
+@given(places=st.integers(1, 20), batch=st.integers(1, 4))
+def test_a_step_of_fixed_shapes_gives_the_logits_of_the_whole_pass(positions, places, batch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "DECODERS", (StaticDecoder,))
+        patch.setattr(gpt_cuda_decoder, "PLACES", places)
+        check(make(positions, num_classes=3), torch.arange(batch) % 3)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])
+@pytest.mark.parametrize("places", [5, 64])
+def test_a_recorded_step_serves_every_place(positions, places, decode_by, monkeypatch):
+    decode_by(ReplayedDecoder)
+    monkeypatch.setattr(gpt_cuda_decoder, "PLACES", places)
+    check(make(positions, num_classes=3), torch.arange(3))
+
+
+def test_a_step_of_fixed_shapes_goes_on_after_a_caption(decode_by):
+    decode_by(StaticDecoder)
+    check(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5)))
+
+
+def test_a_step_of_fixed_shapes_does_not_see_what_memory_held_before(decode_by):
+    decode_by(StaticDecoder)
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN then
+    try:
+        check(make("rotary", num_classes=3), torch.arange(3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@torch.no_grad()
+def logits_of(prior: GPT, classes: torch.Tensor) -> torch.Tensor:
+    """Of every step, each for the code of vocabulary 0 before it."""
+    steps = prior.steps(classes)
+    rows = [next(steps)] + [steps.send(torch.zeros_like(classes)) for _ in range(prior.spec.length - 1)]
+    return torch.cat(rows, dim=1)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_step_of_fixed_shapes_computes_in_the_dtype_of_the_whole_pass(autocast, decode_by):
+    prior, classes = make("rotary", num_classes=3), torch.arange(3)
+    prior = prior if autocast else prior.bfloat16()
+    results = []
+    for kinds in ((), (StaticDecoder,)):
+        decode_by(*kinds)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(logits_of(prior, classes))
+    assert results[1].dtype == torch.bfloat16
+    # some roundings of bfloat16, which keeps 8 bits
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=4 * 2**-8 * results[0].abs().max().item())
+
+
+def test_graphs_are_for_gpus_and_neither_decoder_for_training():
+    prior = make("rotary")
+    with torch.no_grad():
+        assert [kind for kind in gpt.DECODERS if kind.serves(prior.model)] == [gpt_decoder.Decoder]
+        assert not any(kind.serves(prior.train().model) for kind in (*gpt.DECODERS, StaticDecoder))
+    assert not any(kind.serves(prior.eval().model) for kind in (*gpt.DECODERS, StaticDecoder))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("places", [4, 64])
+def test_captured_steps_are_the_steps(dtype, places, decode_by, monkeypatch):
+    monkeypatch.setattr(gpt_cuda_decoder, "PLACES", places)
+    prior, classes = make("rotary_2d", num_classes=3).to("cuda", dtype), torch.arange(3, device="cuda")
+    results = []
+    for kind in (StaticDecoder, GraphDecoder):
+        decode_by(kind)
+        results.append(logits_of(prior, classes))
+    torch.testing.assert_close(*results)
