@@ -22,6 +22,7 @@ BENCHMARKS = {
     "boltzmann": "block Gibbs sampling of a Boltzmann machine",
     "training": "what the training loop adds to a step, and the time to import and load",
 }
+ON_GPU = ("quantizer", "sampling", "training")
 
 
 def main() -> None:
@@ -31,6 +32,8 @@ def main() -> None:
     peers = "work tree of rosinality, llamagen, taming or ritheshkumar95; may be repeated"
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help=peers)
     parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time, more wall time")
+    device = "where candidates run: cpu, or cuda, by wall time and in bfloat16 where that is usual; not for all"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device)
     parser.add_argument("--rounds", type=int, default=5, help="paired measurements of each case")
     parser.add_argument("--sizes", choices=("quick", "full"), default="full", help="quick: tiny, to see that it works")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their title")
@@ -63,9 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     if not arguments.memory_limit_gb >= 0:
         raise ValueError(f"--memory_limit_gb must be at least 0, got {arguments.memory_limit_gb}")
+    if arguments.device != "cpu":
+        check_gpu(arguments.benchmark)
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    peers, clock = Peers(arguments.peer), Clock(arguments.threads)
+    peers, clock = Peers(arguments.peer), Clock(arguments.threads, arguments.device)
     report = Report(arguments.benchmark, peers, clock, arguments.rounds, arguments.memory_limit_gb, arguments.only)
     module = importlib.import_module(f"benchmarks.{arguments.benchmark}")
     module.run(report, peers, clock, arguments.rounds, arguments.sizes, arguments.memory_limit_gb)
@@ -75,6 +80,15 @@ def run(arguments: argparse.Namespace) -> None:
             f"no case of {arguments.benchmark} has '{arguments.only}' in its title; its cases are {titles}"
         )
     report.write(arguments.output)
+
+
+def check_gpu(benchmark: str) -> None:
+    import torch
+
+    if benchmark not in ON_GPU:
+        raise ValueError(f"{benchmark} is for CPUs; --device cuda is known to {', '.join(ON_GPU)}")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
 
 
 if __name__ == "__main__":

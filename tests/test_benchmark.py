@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark import print_summary, run
-from benchmarks import boltzmann, codes, quantizer, sampling
+from benchmark import ON_GPU, print_summary, run
+from benchmarks import boltzmann, codes, quantizer, sampling, training
 from benchmarks.measure import Clock, Timing, compare, peak_memory
 from benchmarks.peers import Peers, load
-from benchmarks.report import Case, Report
+from benchmarks.report import Case, Report, place
 
 from tests.allocation import MEGABYTES, allocation
 
@@ -93,6 +93,17 @@ def test_training_benchmark_times_the_loop_and_the_start(tmp_path):
     assert 0 < start["checks"]["seconds of from_pretrained beyond it"] < start["checks"]["seconds of the import"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ON_GPU)
+def test_benchmarks_of_a_gpu(name, tmp_path):
+    done = benchmark(tmp_path, name, "--device", "cuda")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / f"{name}-cuda.json").read_text())
+    assert results["clock"] == "wall time"
+    assert torch.cuda.get_device_name() in (tmp_path / f"{name}-cuda.md").read_text()
+    assert results["cases"]
+
+
 def test_a_mistake_ends_with_one_line(tmp_path):
     done = benchmark(tmp_path, "boltzmann", "--only", "no such case")
     assert done.returncode == 1
@@ -104,8 +115,8 @@ def test_a_mistake_ends_with_one_line(tmp_path):
 
 
 def arguments(folder: Path, **changed) -> argparse.Namespace:
-    usual = {"benchmark": "boltzmann", "peer": [], "threads": 1, "rounds": 1, "sizes": "quick", "only": ""}
-    return argparse.Namespace(**{**usual, "memory_limit_gb": 0.0, "output": folder, **changed})
+    usual = {"benchmark": "boltzmann", "peer": [], "threads": 1, "device": "cpu", "rounds": 1, "sizes": "quick"}
+    return argparse.Namespace(**{**usual, "only": "", "memory_limit_gb": 0.0, "output": folder, **changed})
 
 
 def test_only_the_cases_asked_for_are_run(tmp_path):
@@ -120,9 +131,14 @@ def test_only_the_cases_asked_for_are_run(tmp_path):
         ({"rounds": 0}, "--rounds must be at least 1, got 0"),
         ({"threads": 0}, "--threads must be at least 1, got 0"),
         ({"memory_limit_gb": -1.0}, "--memory_limit_gb must be at least 0, got -1.0"),
+        ({"device": "cuda"}, "boltzmann is for CPUs; --device cuda is known to quantizer, sampling, training"),
+        pytest.param(
+            {"benchmark": "quantizer", "device": "cuda"}, "torch finds no GPU here; leave it out to run on the CPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
-)
-def test_numbers_out_of_range_are_refused(changed, message, tmp_path):
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(changed, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(arguments(tmp_path, **changed))
 
@@ -229,6 +245,17 @@ def test_one_thread_is_timed_by_its_own_work():
     assert Clock(2)() - start > 0.3
 
 
+def test_a_gpu_is_timed_by_the_clock_on_the_wall(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    clock = Clock(1, "cuda")
+    start = clock()
+    subprocess.run([sys.executable, "-c", "import time; time.sleep(0.3)"], check=True)
+    assert clock() - start > 0.3
+    assert len(waited) == 2
+    assert clock.name == "wall time"
+
+
 # Memory
 # ------------------------------------------------------------------------------------------------
 
@@ -277,6 +304,12 @@ def test_tables_say_time_ratio_and_memory(report, tmp_path):
     assert "- mismatches: 0" in lines
 
 
+def test_results_of_a_gpu_bear_its_name():
+    machine = {"cpu": "a CPU", "threads": 2}
+    assert place({"machine": machine, "clock": "wall time"}) == "a CPU, wall time of 2 thread(s)"
+    assert place({"machine": {**machine, "gpu": "a GPU"}, "clock": "wall time"}) == "a GPU, wall time"
+
+
 def test_charts_are_drawn_without_a_warning(report, tmp_path):
     report.write(tmp_path)  # warnings are errors here
     assert (tmp_path / "made-up.png").stat().st_size > 5000
@@ -308,7 +341,7 @@ def test_recorded_products_are_those_of_forward_and_backward():
 
 
 def test_the_floor_of_a_gpt_does_all_its_products_and_no_more():
-    ours, floor = sampling.gpt(1, 2), sampling.gpt_floor(1, 2)
+    ours, floor = (make(sampling.GPTS["gpt"], 1, 2) for make in (sampling.gpt, sampling.gpt_floor))
     assert multiplications(floor) == multiplications(ours)
 
 
@@ -317,6 +350,25 @@ def test_the_floor_of_a_boltzmann_step_holds_its_sweeps_and_its_network():
     assert multiplications(boltzmann.products(whole)) == multiplications(whole)
     more = multiplications(boltzmann.step(4, 8, 8, 3)) - multiplications(whole)
     assert more == 2 * 8 * 8 * 8  # a sweep of 8 chains, two sides of 8 units
+
+
+def test_the_rate_of_a_gpts_training_is_that_of_its_products():
+    step, operations = training.gpt_step(sampling.GPTS["gpt"], batch=2, side=2, compiled=False)
+    assert operations == 2 * multiplications(step)  # attention's, which are few, are counted on a GPU alone
+    case = Case({})
+    training.run_gpt(case, Clock(1), 1, "gpt", 2, 2, gemm_gflops=100.0)
+    seconds, checks = case.seconds["tessera"], case.checks
+    assert checks["codes per second"] == pytest.approx(8 / seconds)
+    assert checks["TFLOP/s"] == pytest.approx(operations / seconds / 1e12)
+    assert checks["of the rate of a bare GEMM"] == pytest.approx(checks["TFLOP/s"] / 0.1)
+
+
+def test_a_quantizers_problem_is_the_same_wherever_it_is_put():
+    with torch.device("meta"):
+        elsewhere = quantizer.Problem(64, 16, 8)
+        assert {tensor.device.type for tensor in (*vars(elsewhere).values(),) if hasattr(tensor, "device")} == {"meta"}
+        assert quantizer.ema_vq(elsewhere).codebook.device.type == "meta"
+    assert torch.equal(quantizer.Problem(64, 16, 8).codebook, quantizer.Problem(64, 16, 8).codebook)
 
 
 def test_a_wrong_code_is_counted(monkeypatch):

@@ -8,6 +8,8 @@ matplotlib.use("Agg")  # no screen
 
 import matplotlib.pyplot as plt
 
+from benchmarks.report import place
+
 COLUMNS = 3
 
 
@@ -41,8 +43,7 @@ def draw(report, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     head = report.head
     figure.suptitle(
-        f"{report.benchmark}: {head['clock']} in units of {_reference(cases[0])} "
-        f"({head['machine']['cpu']}, {head['machine']['threads']} thread(s), {head['date']})",
+        f"{report.benchmark}: times in units of {_reference(cases[0])} ({place(head)}, {head['date']})",
         fontsize=9,
         wrap=True,
     )

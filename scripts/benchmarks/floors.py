@@ -9,15 +9,21 @@ from benchmarks.measure import Clock
 
 def machine_floors(clock: Clock) -> dict[str, float]:
     """Rates of matrix products, of copies in memory and of random numbers, by name with unit; medians of five."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    source, target = torch.zeros(2**24), torch.empty(2**24)  # 64 MB each: beyond any cache
-    uniform = torch.empty(2**20)
-    product = torch.empty(1024, 1024)
-    return {
-        "GEMM GFLOP/s": 2 * 1024**3 / 1e9 / _seconds(lambda: torch.mm(a, b, out=product), clock),
+    # beyond any cache, and long enough for a GPU's start of work not to count
+    side, length = (8192, 2**28) if clock.on_gpu else (1024, 2**24)
+    with torch.device(clock.device):
+        a, b, product = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
+        source, target, uniform = torch.zeros(length), torch.empty(length), torch.empty(length // 16)
+    gflop = 2 * side**3 / 1e9
+    rates = {
+        "GEMM GFLOP/s": gflop / _seconds(lambda: torch.mm(a, b, out=product), clock),
         "copy GB/s": 2 * source.nbytes / 1e9 / _seconds(lambda: target.copy_(source), clock),
         "random Gbit/s": 32 * uniform.numel() / 1e9 / _seconds(lambda: uniform.uniform_(), clock),
     }
+    if clock.on_gpu:
+        a, b, product = (matrix.bfloat16() for matrix in (a, b, product))
+        rates["bf16 GEMM GFLOP/s"] = gflop / _seconds(lambda: torch.mm(a, b, out=product), clock)
+    return rates
 
 
 def _seconds(function, clock: Clock) -> float:

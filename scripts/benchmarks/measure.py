@@ -20,17 +20,25 @@ GIGABYTE = 2**30
 
 @dataclass(frozen=True)
 class Clock:
-    """CPU time of this process for one thread, which other processes do not disturb; wall time for several."""
+    """CPU time of this process for one thread, which other processes do not disturb; wall time for several, and on a
+    GPU, after all that it has been given to do."""
 
     threads: int
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
 
     @property
     def name(self) -> str:
-        return "CPU time" if self.threads == 1 else "wall time"
+        return "wall time" if self.on_gpu or self.threads > 1 else "CPU time"
 
     def __call__(self) -> float:
         """Seconds."""
-        return time.process_time() if self.threads == 1 else time.perf_counter()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.process_time() if self.name == "CPU time" else time.perf_counter()
 
 
 @dataclass
@@ -86,12 +94,15 @@ def _seconds(function: Callable[[], object], clock: Clock) -> float:
     return clock() - start
 
 
-def peak_memory(make: Callable, args: tuple, small_args: tuple, limit_gb: float) -> int | None:
-    """Bytes of resident memory that `make(*args)()` needs at most beyond what is there before, in a process of its own.
+def peak_memory(make: Callable, args: tuple, small_args: tuple, limit_gb: float, device: str = "cpu") -> int | None:
+    """Bytes of resident memory that `make(*args)()` needs at most beyond what is there before, in a process of its own;
+    with another device than the CPU, of that device's memory.
 
-    None where it would not fit into `limit_gb` of address space beyond the libraries. `make(*small_args)()` is called
-    first, for what libraries take at their first use.
+    None where it would not fit into `limit_gb` beyond the libraries. `make(*small_args)()` is called first, for what
+    libraries take at their first use.
     """
+    if device != "cpu":
+        return _peak_of_gpu(make, args, small_args, limit_gb)
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's own peak
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_peak, args=(sender, make, args, small_args, limit_gb))
@@ -105,6 +116,21 @@ def peak_memory(make: Callable, args: tuple, small_args: tuple, limit_gb: float)
     if isinstance(result, str):
         raise RuntimeError(f"{make.__qualname__}{args}: {result}")
     return result
+
+
+def _peak_of_gpu(make: Callable, args: tuple, small_args: tuple, limit_gb: float) -> int | None:
+    """`peak_memory` as torch's own allocator counts it, for which no process of its own is needed."""
+    with torch.device("cuda"):
+        make(*small_args)()
+        function = make(*args)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    try:
+        function()
+    except torch.OutOfMemoryError:
+        return None
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak if peak <= limit_gb * GIGABYTE else None
 
 
 def _measure_peak(sender, make: Callable, args: tuple, small_args: tuple, limit_gb: float) -> None:

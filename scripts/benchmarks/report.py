@@ -72,21 +72,20 @@ class Report:
     """
 
     def __init__(self, benchmark: str, peers: Peers, clock: Clock, rounds: int, memory_gb: float, only: str = ""):
-        self.benchmark, self.only = benchmark, only
+        self.benchmark, self.only, self.device = benchmark, only, clock.device
         self.cases: list[Case] = []
         self.titles: list[str] = []
         self.head = {
             "benchmark": benchmark,
             "date": time.strftime("%Y-%m-%d"),
-            "machine": machine(clock.threads),
+            "machine": machine(clock),
             "versions": installed(PACKAGES) | peers.versions(),
             "clock": clock.name,
             "rounds": rounds,
             "memory_limit_gb": memory_gb,
             "floors": machine_floors(clock),
         }
-        print(f"{benchmark}: {self.head['machine']['cpu']}, {clock.name} of {clock.threads} thread(s), medians of "
-              f"{rounds} paired rounds with quartiles; "
+        print(f"{benchmark}: {place(self.head)}, medians of {rounds} paired rounds with quartiles; "
               + ", ".join(f"{name} {value:.3g}" for name, value in self.head["floors"].items()))  # fmt: skip
 
     def wants(self, case: Case) -> bool:
@@ -105,7 +104,7 @@ class Report:
     def write(self, folder: Path) -> None:
         """NAME.json, NAME.md and, where matplotlib is installed, NAME.png."""
         folder.mkdir(parents=True, exist_ok=True)
-        name = "-".join([self.benchmark, *self.only.split()])
+        name = "-".join([self.benchmark, *self.only.split(), *[self.device] * (self.device != "cpu")])
         write_json_atomic(folder / f"{name}.json", {**self.head, "cases": [asdict(case) for case in self.cases]})
         with atomic_file(folder / f"{name}.md") as file:
             file.write(self.markdown().encode())
@@ -121,7 +120,7 @@ class Report:
         lines = [
             f"# {self.benchmark}",
             "",
-            f"{head['date']}, {head['machine']['cpu']}, {head['clock']} of {head['machine']['threads']} thread(s), "
+            f"{head['date']}, {place(head)}, "
             + ", ".join(f"{name} {number}" for name, number in head["versions"].items())
             + f". Medians of {head['rounds']} rounds; ratios are paired within a round, with quartiles.",
             "",
@@ -136,12 +135,21 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def machine(threads: int) -> dict:
-    """The CPU's name, and how many of its cores this process may use and did use."""
+def machine(clock: Clock) -> dict:
+    """The CPU's name, how many of its cores this process may use and did use, and the GPU's name if it is timed."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "threads": threads, "system": platform.system()}
+    found = {"cpu": name, "cores": len(os.sched_getaffinity(0)), "threads": clock.threads, "system": platform.system()}
+    return found | ({"gpu": torch.cuda.get_device_name()} if clock.on_gpu else {})
+
+
+def place(head: dict) -> str:
+    """On what a benchmark ran, and what was timed."""
+    machine = head["machine"]
+    if "gpu" in machine:
+        return f"{machine['gpu']}, {head['clock']}"
+    return f"{machine['cpu']}, {head['clock']} of {machine['threads']} thread(s)"
 
 
 def installed(packages: tuple[str, ...]) -> dict[str, str]:

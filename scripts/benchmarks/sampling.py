@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,29 @@ SIZES = {
         *[("pixelcnn", batch, side) for batch, side in ((1, 8), (16, 8), (64, 8), (16, 16))],
         *[("pixelsnail", batch, side) for batch, side in ((1, 8), (16, 8), (16, 16))],
     ],
+    "gpu": [
+        *[(model, batch, 16) for model in ("gpt 111M", "gpt 343M") for batch in (1, 256)],
+        *[(model, batch, 16) for model in ("pixelcnn", "pixelsnail") for batch in (1, 256)],
+    ],
 }
-LAYERS, HEADS, DIM, FFN_DIM, VOCAB = 6, 6, 384, 1024, 1024  # of the transformers
+
+
+class Sizes(NamedTuple):
+    """Of a transformer."""
+
+    layers: int
+    heads: int
+    dim: int
+    ffn_dim: int
+    vocab: int
+
+
+GPTS = {
+    "gpt": Sizes(layers=6, heads=6, dim=384, ffn_dim=1024, vocab=1024),
+    # LlamaGen's B and L (Sun et al. 2024, arXiv:2406.06525)
+    "gpt 111M": Sizes(layers=12, heads=12, dim=768, ffn_dim=2048, vocab=16384),
+    "gpt 343M": Sizes(layers=24, heads=16, dim=1024, ffn_dim=2816, vocab=16384),
+}
 CLASSES = 10
 OURS, NAIVE = "tessera", "tessera, a whole pass for every code"
 FLOOR = "floor: weight matrices as bare products"
@@ -33,19 +55,28 @@ FLOOR = "floor: weight matrices as bare products"
 # ------------------------------------------------------------------------------------------------
 
 
-def gpt(batch: int, side: int) -> Callable:
-    config = GPTConfig(
-        spec=CodeSpec(((side, side),), (VOCAB,)), num_classes=CLASSES, num_layers=LAYERS, num_heads=HEADS,
-        hidden_dim=DIM, ffn_dim=FFN_DIM, positions="rotary_2d",
+def dtype() -> torch.dtype:
+    """What transformers compute in, on the device at hand."""
+    return torch.float32 if torch.get_default_device().type == "cpu" else torch.bfloat16
+
+
+def gpt_config(sizes: Sizes, side: int) -> GPTConfig:
+    return GPTConfig(
+        spec=CodeSpec(((side, side),), (sizes.vocab,)), num_classes=CLASSES, num_layers=sizes.layers,
+        num_heads=sizes.heads, hidden_dim=sizes.dim, ffn_dim=sizes.ffn_dim, positions="rotary_2d",
     )  # fmt: skip
-    prior, labels = GPT(config), torch.arange(batch) % CLASSES
+
+
+def gpt(sizes: Sizes, batch: int, side: int) -> Callable:
+    prior, labels = GPT(gpt_config(sizes, side)).to(dtype()), torch.arange(batch) % CLASSES
     return lambda: prior.sample(batch, labels)
 
 
-def gpt_floor(batch: int, side: int) -> Callable:
-    layer = [(DIM, DIM)] * 4 + [(DIM, FFN_DIM)] * 2 + [(FFN_DIM, DIM)]
-    weights = [torch.randn(shape[::-1]) for shape in [*layer * LAYERS, (DIM, VOCAB)]]
-    inputs = {width: torch.randn(batch, width) for width in (DIM, FFN_DIM)}
+def gpt_floor(sizes: Sizes, batch: int, side: int) -> Callable:
+    dim, ffn_dim = sizes.dim, sizes.ffn_dim
+    layer = [(dim, dim)] * 4 + [(dim, ffn_dim)] * 2 + [(ffn_dim, dim)]
+    weights = [torch.randn(shape[::-1], dtype=dtype()) for shape in [*layer * sizes.layers, (dim, sizes.vocab)]]
+    inputs = {width: torch.randn(batch, width, dtype=dtype()) for width in (dim, ffn_dim)}
 
     @torch.no_grad()
     def run():
@@ -56,47 +87,50 @@ def gpt_floor(batch: int, side: int) -> Callable:
     return run
 
 
-def huggingface(batch: int, side: int, kind: str) -> Callable:
+def huggingface(sizes: Sizes, batch: int, side: int, kind: str) -> Callable:
     import transformers
 
     transformers.logging.set_verbosity_error()
     if kind == "GPT2":
         config = transformers.GPT2Config(
-            vocab_size=VOCAB, n_positions=side * side + 1, n_embd=DIM, n_layer=LAYERS, n_head=HEADS,
-            bos_token_id=None, eos_token_id=None,
+            vocab_size=sizes.vocab, n_positions=side * side + 1, n_embd=sizes.dim, n_layer=sizes.layers,
+            n_head=sizes.heads, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         model = transformers.GPT2LMHeadModel(config).eval()
     else:
         config = transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=DIM, intermediate_size=FFN_DIM, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, max_position_embeddings=side * side + 1,
+            vocab_size=sizes.vocab, hidden_size=sizes.dim, intermediate_size=sizes.ffn_dim,
+            num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, max_position_embeddings=side * side + 1,
             bos_token_id=None, eos_token_id=None, pad_token_id=None,
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config).eval()
+    model = model.to(dtype())
     start = (torch.arange(batch) % CLASSES)[:, None]
     mask = torch.ones_like(start)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": side * side, "attention_mask": mask}
     return lambda: model.generate(start, **options)
 
 
-def llamagen(batch: int, side: int, folder: str) -> Callable:
+def llamagen(sizes: Sizes, batch: int, side: int, folder: str) -> Callable:
     models = load(folder, "autoregressive.models.gpt")
     generate = load(folder, "autoregressive.models.generate")
     torch.backends.cuda.sdp_kernel = lambda **options: nullcontext()  # deprecated in torch, and about GPUs
     arguments = models.ModelArgs(
-        dim=DIM, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCAB, block_size=side * side, num_classes=CLASSES
-    )
-    model, labels = models.Transformer(arguments).eval(), torch.arange(batch) % CLASSES
+        dim=sizes.dim, n_layer=sizes.layers, n_head=sizes.heads, vocab_size=sizes.vocab, block_size=side * side,
+        num_classes=CLASSES,
+    )  # fmt: skip
+    model, labels = models.Transformer(arguments).to(dtype()).eval(), torch.arange(batch) % CLASSES
     return lambda: generate.generate(model, labels, side * side, temperature=1.0, top_k=0, top_p=1.0)
 
 
-def taming(batch: int, side: int, folder: str) -> Callable:
+def taming(sizes: Sizes, batch: int, side: int, folder: str) -> Callable:
     import transformers
 
     if not hasattr(transformers, "top_k_top_p_filtering"):  # gone from transformers, and not called here
         transformers.top_k_top_p_filtering = None
     module = load(folder, "taming.modules.transformer.mingpt")
-    model = module.GPT(VOCAB, side * side + 1, n_layer=LAYERS, n_head=HEADS, n_embd=DIM).eval()
+    model = module.GPT(sizes.vocab, side * side + 1, n_layer=sizes.layers, n_head=sizes.heads, n_embd=sizes.dim)
+    model = model.to(dtype()).eval()
     start = (torch.arange(batch) % CLASSES)[:, None]
     return lambda: module.sample_with_past(start, model, side * side)
 
@@ -159,57 +193,75 @@ def rosinality(batch: int, side: int, folder: str) -> Callable:
 # ------------------------------------------------------------------------------------------------
 
 
-def build(name: str, batch: int, side: int, folder: str | None = None) -> Callable:
+def build(name: str, model: str, batch: int, side: int, folder: str | None = None) -> Callable:
     torch.manual_seed(0)
+    sizes = GPTS[model]
     if folder is not None:
-        return {"LlamaGen": llamagen, "taming": taming, "ritheshkumar95": ritheshkumar95, "rosinality": rosinality}[
-            name
-        ](batch, side, folder)
+        return {"LlamaGen": llamagen, "taming": taming}[name](sizes, batch, side, folder)
     if name.startswith("transformers"):
-        return huggingface(batch, side, name.split()[1])
-    return {"gpt": gpt, FLOOR: gpt_floor}[name](batch, side)
+        return huggingface(sizes, batch, side, name.split()[1])
+    return {OURS: gpt, FLOOR: gpt_floor}[name](sizes, batch, side)
 
 
 def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, memory_gb: float) -> None:
-    for model, batch, side in SIZES[sizes]:
+    for model, batch, side in SIZES["gpu" if clock.on_gpu and sizes == "full" else sizes]:
         case = Case({"model": model, "batch": batch, "codes": side * side})
         if not report.wants(case):
             continue
-        if model == "gpt":
-            run_gpt(case, peers, clock, rounds, batch, side, memory_gb)
+        if model in GPTS:
+            run_gpt(case, peers, clock, rounds, model, batch, side, memory_gb)
         else:
             run_convolutional(case, peers, clock, rounds, model, batch, side)
         case.checks["codes per second"] = batch * side * side / case.seconds[OURS]
         report.add(case)
 
 
-def run_gpt(case: Case, peers: Peers, clock: Clock, rounds: int, batch: int, side: int, memory_gb: float) -> None:
-    makers: dict[str, tuple] = {OURS: ("gpt", batch, side)}
+def run_gpt(
+    case: Case, peers: Peers, clock: Clock, rounds: int, model: str, batch: int, side: int, memory_gb: float
+) -> None:
+    makers: dict[str, tuple] = {OURS: (OURS, model, batch, side)}
     if peers.has("transformers"):
-        makers |= {f"transformers {kind} generate": (f"transformers {kind}", batch, side) for kind in ("Llama", "GPT2")}
+        labels = [f"transformers {kind} generate" for kind in ("Llama", "GPT2")]
+        makers |= {label: (label.removesuffix(" generate"), model, batch, side) for label in labels}
     for label, name in (("LlamaGen generate", "llamagen"), ("taming sample_with_past", "taming")):
         if peers.has(name):
-            makers[label] = (label.split()[0], batch, side, str(peers.folders[name]))
-    makers[FLOOR] = (FLOOR, batch, side)
-    candidates = {label: build(*arguments) for label, arguments in makers.items()}
+            makers[label] = (label.split()[0], model, batch, side, str(peers.folders[name]))
+    if not clock.on_gpu:  # there one by one they take longer to start than to compute
+        makers[FLOOR] = (FLOOR, model, batch, side)
+    with torch.device(clock.device):
+        candidates = {label: build(*arguments) for label, arguments in makers.items()}
     case.add(compare(candidates, clock, rounds), references=(FLOOR, OURS))
-    case.checks["fraction of the floor's speed"] = 1 / case.ratios[FLOOR][OURS][1]
+    if FLOOR in makers:
+        case.checks["fraction of the floor's speed"] = 1 / case.ratios[FLOOR][OURS][1]
     if memory_gb:
-        for label, (name, *_, last) in makers.items():
-            small = (name, 1, 2, last) if isinstance(last, str) else (name, 1, 2)
-            case.peak_bytes[label] = peak_memory(build, makers[label], small, memory_gb)
-        longer = peak_memory(build, ("gpt", batch, 2 * side), ("gpt", 1, 2), memory_gb)
-        case.checks["MB of keys and values"] = keys_values_bytes(batch, side) / 1e6
-        case.checks["MB of keys and values of four times the codes"] = keys_values_bytes(batch, 2 * side) / 1e6
+        for label, (name, _, _, _, *folder) in makers.items():
+            small = (name, model, 1, 2, *folder)
+            case.peak_bytes[label] = peak_memory(build, makers[label], small, memory_gb, clock.device)
+        longer = peak_memory(build, (OURS, model, batch, 2 * side), (OURS, model, 1, 2), memory_gb, clock.device)
+        itemsize = 2 if clock.on_gpu else 4
+        case.checks["MB of keys and values"] = keys_values_bytes(GPTS[model], batch, side, itemsize) / 1e6
+        case.checks["MB of keys and values of four times the codes"] = (
+            keys_values_bytes(GPTS[model], batch, 2 * side, itemsize) / 1e6
+        )
         if longer is not None:
             case.checks["peak MB of four times the codes"] = longer / 1e6
 
 
-def keys_values_bytes(batch: int, side: int) -> int:
-    return 2 * LAYERS * batch * side * side * DIM * 4
+def keys_values_bytes(sizes: Sizes, batch: int, side: int, itemsize: int) -> int:
+    return 2 * sizes.layers * batch * side * side * sizes.dim * itemsize
 
 
 def run_convolutional(case: Case, peers: Peers, clock: Clock, rounds: int, model: str, batch: int, side: int) -> None:
+    with torch.device(clock.device):
+        candidates, times = convolutional(peers, model, batch, side)
+    timings = compare(candidates, clock, rounds)
+    for name, number in times.items():
+        timings[name].seconds = [number * seconds for seconds in timings[name].seconds]
+    case.add(timings, references=(OURS,))
+
+
+def convolutional(peers: Peers, model: str, batch: int, side: int) -> tuple[dict[str, Callable], dict[str, int]]:
+    """What draws codes, and how often those have to be called that do not draw them all at once."""
     make = {"pixelcnn": pixelcnn, "pixelsnail": pixelsnail}[model]
     candidates = {OURS: make(batch, side), NAIVE: make(batch, side, naive=True)}
     times = {NAIVE: side * side}
@@ -219,7 +271,4 @@ def run_convolutional(case: Case, peers: Peers, clock: Clock, rounds: int, model
     if model == "pixelsnail" and peers.has("rosinality"):
         candidates["rosinality sampler"] = rosinality(batch, side, str(peers.folders["rosinality"]))
         times["rosinality sampler"] = side
-    timings = compare(candidates, clock, rounds)
-    for name, number in times.items():
-        timings[name].seconds = [number * seconds for seconds in timings[name].seconds]
-    case.add(timings, references=(OURS,))
+    return candidates, times

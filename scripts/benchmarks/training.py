@@ -1,4 +1,6 @@
-"""What the training loop adds to a step of a small model, and how long it takes to import the library and to load."""
+"""What the training loop adds to a step of a small model, and how long it takes to import the library and to load; on
+a GPU, the rate at which GPTs train.
+"""
 
 import statistics
 import subprocess
@@ -13,18 +15,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Clock, Timing, compare
 from benchmarks.peers import Peers
 from benchmarks.report import Case, Report
+from benchmarks.sampling import CLASSES, GPTS, Sizes, gpt_config
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
-from pipelines.objectives import Objective
+from pipelines.objectives import Objective, PriorLoss
 from pipelines.training import TrainingConfig, Update, adamw, fit
 from pipelines.two_stage import Pipeline
 from prior.base import CodeSpec
+from prior.gpt import GPT
 from tokenizer import VQVAE, VQVAEConfig
 
+# model, images, side of the square of codes, on a GPU
+GPT_STEPS = {"quick": [("gpt", 2, 2)], "full": [("gpt 111M", 128, 16), ("gpt 343M", 64, 16)]}
+GPT_STEP = "tessera"
 STEPS = {"quick": (2, 4), "full": (50, 350)}
 BATCH, HIDDEN = 100, 200
 LOOP, BARE = "tessera loop", "floor: forward, backward, AdamW"
@@ -97,6 +105,31 @@ def loop(num_steps: int, images, validation) -> Callable:
     return run
 
 
+def gpt_step(sizes: Sizes, batch: int, side: int, compiled: bool) -> tuple[Callable, int]:
+    """The step of pipelines/training.py for a GPT, without its surroundings, and the operations of its products.
+
+    In bfloat16 on a GPU.
+    """
+    torch.manual_seed(0)
+    objective = PriorLoss(GPT(gpt_config(sizes, side)))
+    optimizer = adamw(objective, TrainingConfig())
+    images = {"codes": [torch.randint(sizes.vocab, (batch, side, side))], "label": torch.arange(batch) % CLASSES}
+    device = torch.get_default_device().type
+
+    def run():
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            loss = sum(objective(images, 0).values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    if compiled:
+        objective.model.compile()
+    return run, counter.get_total_flops()
+
+
 def start_up(folder: Path) -> list[float]:
     """See `PROBE`; in a process of its own, started here so that the library's folder is on its path."""
     root = Path(__file__).parent.parent.parent
@@ -109,7 +142,7 @@ def start_up(folder: Path) -> list[float]:
 def save_pipeline(folder: Path) -> None:
     """A pipeline of the quickstart's kind: a VQ-VAE of 8x8 images and a GPT."""
     from pipelines.checkpoint import fingerprint
-    from prior.gpt import GPT, GPTConfig
+    from prior.gpt import GPTConfig
 
     config = VQVAEConfig(image_shape=(1, 8, 8), downsample_factor=2, network={"type": "conv", "hidden_dim": 64})
     tokenizer = VQVAE(config)
@@ -119,6 +152,13 @@ def save_pipeline(folder: Path) -> None:
 
 
 def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, memory_gb: float) -> None:
+    if clock.on_gpu:
+        for model, batch, side in GPT_STEPS[sizes]:
+            case = Case({"model": model, "batch": batch, "codes": side * side})
+            if report.wants(case):
+                run_gpt(case, clock, rounds, model, batch, side, report.head["floors"]["bf16 GEMM GFLOP/s"])
+                report.add(case)
+        return
     case = Case({"model": "784-200-200-200-200-784", "batch": BATCH})
     if report.wants(case):
         run_loop(case, clock, rounds, *STEPS[sizes])
@@ -140,6 +180,16 @@ def run_loop(case: Case, clock: Clock, rounds: int, few: int, many: int) -> None
     case.add({name: timings[name] for name in (LOOP, BARE)}, references=(LOOP, BARE))
     added = (case.seconds[LOOP] - case.seconds[BARE]) * 1e3
     case.checks["ms that the loop adds to a step, fresh binarisation of the batch included"] = added
+
+
+def run_gpt(case: Case, clock: Clock, rounds: int, model: str, batch: int, side: int, gemm_gflops: float) -> None:
+    with torch.device(clock.device):
+        step, operations = gpt_step(GPTS[model], batch, side, compiled=clock.on_gpu)
+    case.add(compare({GPT_STEP: step}, clock, rounds), references=())
+    rate = operations / 1e9 / case.seconds[GPT_STEP]
+    case.checks["codes per second"] = batch * side * side / case.seconds[GPT_STEP]
+    case.checks["TFLOP/s"] = rate / 1e3
+    case.checks["of the rate of a bare GEMM"] = rate / gemm_gflops
 
 
 def run_start_up(case: Case, rounds: int) -> None:
