@@ -24,7 +24,7 @@ class StaticDecoder:
 
     def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None):
         self.embed, self.norm = model.embed_tokens, model.norm
-        self.length, self.max_length = caches[0].length, caches[0].max_length
+        self.length = caches[0].length
         self.rotary = rotation is not None
         # (P, 2, head_dim), for `rotated`, or (P, D)
         self.places = _by_place(rotation) if self.rotary else model.embed_positions.weight
@@ -33,7 +33,7 @@ class StaticDecoder:
         self.device, self.dtype = keys.device, keys.dtype
         self.tokens = torch.zeros(len(keys), 1, dtype=torch.int64, device=self.device)
         self.place = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.order = torch.arange(self.max_length, device=self.device)
+        self.order = torch.arange(caches[0].max_length, device=self.device)
         self.heads: dict[int, Tensor] = {}
 
     @staticmethod
@@ -49,11 +49,11 @@ class StaticDecoder:
         if head.data_ptr() not in self.heads:
             self.heads[head.data_ptr()] = head.to(self.dtype)
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self.hidden(min(-(-self.length // PLACES) * PLACES, self.max_length))
+            hidden = self.hidden(-(-self.length // PLACES) * PLACES)
             return F.linear(hidden.to(self.dtype), self.heads[head.data_ptr()])
 
     def hidden(self, num_places: int) -> Tensor:
-        """The hidden states (B, D) after `tokens` at `place`, which attend to the first `num_places` of the caches."""
+        """The hidden states (B, D) after `tokens` at `place`, which attend to the first `num_places` places at most."""
         place = self.places.index_select(0, self.place)
         x = self.embed(self.tokens)[:, 0]
         x, rotation = (x, place[0]) if self.rotary else (x + place, None)
