@@ -5,6 +5,7 @@ What this pipeline cannot honour is disabled and says why. Whatever goes wrong b
 
 import random
 import time
+from pathlib import Path
 from threading import Event
 
 import torch
@@ -17,6 +18,8 @@ from pipelines.two_stage import Pipeline
 CSS = """
 .gradio-container {width: 100%; max-width: 1280px !important; margin: auto}
 .pixels img {image-rendering: pixelated}
+/* the palette has the colour that is chosen: white on white */
+.toolbar-wrap button svg {filter: drop-shadow(0 0 1px grey)}
 #completions .grid-wrap {max-height: none; overflow: visible}
 #completions .grid-container {grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important}
 @media (max-width: 480px) {
@@ -26,11 +29,11 @@ CSS = """
 """
 
 
-def build_page(gradio, pipeline: Pipeline, limits: Limits, name: str):
-    """The page as `gradio.Blocks`, not launched yet; `name` is the pipeline's, for people."""
+def build_page(gradio, pipeline: Pipeline, limits: Limits, name: str, folder: Path):
+    """The page as `gradio.Blocks`, not launched yet; `name` is the pipeline's, for people. `folder`: see `Parts`."""
     with gradio.Blocks(title=f"Tessera: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         gradio.Markdown(f"## Tessera: {name}\n{demo.description(pipeline)}")
-        page = _Page(gradio, pipeline, limits)
+        page = _Page(gradio, pipeline, limits, folder)
         with page.tabs:
             page.reconstruct_tab()
             page.sample_tab()
@@ -43,8 +46,8 @@ def build_page(gradio, pipeline: Pipeline, limits: Limits, name: str):
 class _Page(Parts):
     """The tabs of one page. Components that one tab has and another needs are attributes."""
 
-    def __init__(self, gradio, pipeline: Pipeline, limits: Limits):
-        super().__init__(gradio, pipeline, limits)
+    def __init__(self, gradio, pipeline: Pipeline, limits: Limits, folder: Path):
+        super().__init__(gradio, pipeline, limits, folder)
         # Not within the tabs, of which anything but a tab would upset the order
         self.sampled, self.chosen = gradio.State(None), gradio.State(None)
         self.tabs = gradio.Tabs()
@@ -57,7 +60,7 @@ class _Page(Parts):
         def reconstruct(value):
             with self.errors_in_page():
                 result = demo.reconstruct(self.pipeline, self.drawn(value))
-                both = canvas.sheet(torch.stack([result.image.cpu(), result.reconstruction]), columns=2).picture
+                both = self.sheet_file([result.image.cpu(), result.reconstruction], columns=2)
                 return [both, f"PSNR **{result.psnr:.1f} dB**", *self.draw_codes(result.codes)]
 
         both, psnr, *codes = reconstruct(None)
@@ -116,7 +119,7 @@ class _Page(Parts):
                     for frame in frames:
                         now = f"{frame.arrived} of {frame.length} codes, {time.monotonic() - started:.1f} s"
                         running = gr.update(interactive=frame.arrived < frame.length)
-                        yield canvas.sheet(frame.images).picture, now, frame.images, running
+                        yield self.sheet_file(frame.images), now, frame.images, running
                     if stop_event.is_set():
                         yield gr.skip(), f"Stopped: {now}", gr.skip(), gr.update(interactive=False)
             finally:
@@ -147,7 +150,7 @@ class _Page(Parts):
             return images[index], f"Image {index + 1} is chosen. Open it in:", gr.update(visible=True)
 
         def send(image, tab):
-            return canvas.on_canvas(image, self.tokenizer), gr.Tabs(selected=tab)
+            return self.canvas_file(image), gr.Tabs(selected=tab)
 
         self.samples.select(choose, self.sampled, [self.chosen, self.chosen_text, self.sending_row], **AT_ONCE)
         with self.sending_row:
@@ -201,8 +204,8 @@ class _Page(Parts):
                 captions = [f"{value:.1f} nats" for value in result.log_prob[0].tolist()]
                 if result.weights is not None:
                     captions = [f"weight {value:.2f}" for value in result.weights[0].tolist()]
-                pictures = [canvas.on_canvas(image, self.tokenizer) for image in result.images]
-                return canvas.sheet(torch.stack([image, hidden]), columns=2).picture, list(zip(pictures, captions))
+                pictures = [self.canvas_file(image) for image in result.images]
+                return self.sheet_file([image, hidden], columns=2), list(zip(pictures, captions))
 
         start.click(complete, [hole, candidates, ranking, keep, *controls], [before, found], **MODEL)
         copy.click(self.drawn_picture, self.drawing, hole, **MODEL)
@@ -243,7 +246,7 @@ class _Page(Parts):
                 taken = demo.taken_codes(self.pipeline, chosen_levels, name, painted)
                 one, two = (self.pipeline.encode(self.background(image)[None]) for image in (value, other))
                 mixed = demo.exchange(one, two, taken)
-                images = torch.stack([demo.decode(self.pipeline, codes) for codes in (one, mixed, two)])
-                return [canvas.sheet(images, columns=3).picture, *self.draw_codes(mixed, taken)]
+                images = [demo.decode(self.pipeline, codes) for codes in (one, mixed, two)]
+                return [self.sheet_file(images, columns=3), *self.draw_codes(mixed, taken)]
 
         start.click(swap, [first, second, levels, region], [result, *codes], **MODEL)

@@ -1,8 +1,12 @@
 """Parts of which the tabs of the demo page are made: canvases, pictures, sampling options, errors."""
 
+import hashlib
+import io
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event
 
 import torch
@@ -11,6 +15,7 @@ from PIL import Image
 from pipelines import canvas, demo
 from pipelines.code_pictures import code_picture
 from pipelines.demo import Choices, Limits
+from pipelines.files import atomic_file
 from pipelines.two_stage import Pipeline
 
 GREYS = ["#ffffff", "#c0c0c0", "#808080", "#404040", "#000000"]
@@ -28,12 +33,13 @@ class Parts:
         gradio: the module; importing it takes seconds, and only the page needs it.
         pipeline: what the page shows.
         limits: what one visitor may ask for.
+        folder: from which Gradio serves files; it gets the pictures.
     """
 
-    def __init__(self, gradio, pipeline: Pipeline, limits: Limits):
-        self.gr, self.pipeline, self.limits = gradio, pipeline, limits
+    def __init__(self, gradio, pipeline: Pipeline, limits: Limits, folder: Path):
+        self.gr, self.pipeline, self.limits, self.folder = gradio, pipeline, limits, folder
         self.tokenizer, self.why = pipeline.tokenizer, demo.refusals(pipeline)
-        self.blank = canvas.on_canvas(torch.zeros(self.tokenizer.config.image_shape), self.tokenizer)
+        self.blank = self.canvas_file(torch.zeros(self.tokenizer.config.image_shape))
 
     @contextmanager
     def errors_in_page(self) -> Iterator[None]:
@@ -41,6 +47,27 @@ class Parts:
             yield
         except (ValueError, OSError) as error:
             raise self.gr.Error(str(error), print_exception=False) from None
+
+    def file(self, picture: Image.Image) -> str:
+        """A PNG, written once: Gradio would write an equal picture again, also while a browser reads the file."""
+        stream = io.BytesIO()
+        picture.save(stream, format="PNG")
+        path = self.folder / hashlib.sha256(stream.getvalue()).hexdigest() / "image.png"
+        if path.is_file():
+            os.utime(path)  # Gradio deletes old files
+        else:
+            path.parent.mkdir(exist_ok=True)
+            with atomic_file(path) as file:
+                file.write(stream.getvalue())
+        return str(path)
+
+    def canvas_file(self, image: torch.Tensor) -> str:
+        """An image (C, H, W) in [0, 1] as large as a canvas."""
+        return self.file(canvas.on_canvas(image, self.tokenizer))
+
+    def sheet_file(self, images: torch.Tensor | Sequence[torch.Tensor], columns: int | None = None) -> str:
+        """Images (B, C, H, W) in [0, 1] beside and below each other."""
+        return self.file(canvas.sheet(torch.stack([*images]), columns).picture)
 
     def picture(self, caption: str, **options):
         """A picture that is shown, its caption above it: Gradio's own labels cover what they name."""
@@ -73,7 +100,8 @@ class Parts:
 
     def fillable_picture(self, caption: str, elem_id: str):
         """An image that is not drawn on, as large as a canvas, with the same buttons."""
-        picture = self.picture(caption, elem_id=elem_id, value=self.blank, height=self.blank.height + 80)
+        picture = self.picture(caption, elem_id=elem_id, value=self.blank,
+                               height=canvas.canvas_size(self.tokenizer)[1] + 80)  # fmt: skip
         self.filling_buttons(picture, elem_id)
         return picture
 
@@ -90,26 +118,26 @@ class Parts:
         upload.upload(self.uploaded, upload, component, **MODEL)
         draw.click(self.one_sample, None, component, **MODEL)
 
-    def uploaded(self, path: str) -> Image.Image:
+    def uploaded(self, path: str) -> str:
         with self.errors_in_page():
             picture = canvas.open_upload(
                 path, max_bytes=self.limits.max_upload_bytes, max_pixels=self.limits.max_pixels
             )
-            return canvas.on_canvas(canvas.as_seen(picture, self.tokenizer), self.tokenizer)
+            return self.canvas_file(canvas.as_seen(picture, self.tokenizer))
 
-    def one_sample(self) -> Image.Image:
+    def one_sample(self) -> str:
         with self.errors_in_page():
             choices = Choices(seed=random.SystemRandom().randrange(2**31))
             frames = demo.sample(self.pipeline, 1, choices, limits=self.limits, stop=Event(), watch=False)
-            return canvas.on_canvas(next(frames).images[0], self.tokenizer)
+            return self.canvas_file(next(frames).images[0])
 
     def drawn(self, value: dict | None) -> torch.Tensor:
         """(C, H, W): what stands on a canvas, strokes included."""
         value = value or {"background": None, "layers": []}
         return canvas.from_canvas(value["background"], value["layers"], self.tokenizer)
 
-    def drawn_picture(self, value: dict | None) -> Image.Image:
-        return canvas.on_canvas(self.drawn(value), self.tokenizer)
+    def drawn_picture(self, value: dict | None) -> str:
+        return self.canvas_file(self.drawn(value))
 
     def background(self, value: dict | Image.Image | None) -> torch.Tensor:
         """(C, H, W): a picture, or what is under the strokes of a canvas."""
@@ -135,8 +163,10 @@ class Parts:
             slider("temperature", "Temperature", 0.05 if "cold" in self.why else 0, 2, 1, 0.05,
                    "Below 1: more probable, less varied."),
             slider("top_k", "Top-k", 0, most, 0, 1, "Only the k most probable codes; 0: all."),
-            slider("top_p", "Top-p", 0.01, 1, 1, 0.01, "Only the codes that make up this probability; 1: all."),
-            slider("min_p", "Min-p", 0, 1, 0, 0.01, "Only codes at least so probable as this times the best; 0: all."),
+            slider("top_p", "Top-p", 0.01, 1, 1, 0.01,
+                   "Only the most probable codes that together have this probability; 1: all."),
+            slider("min_p", "Min-p", 0, 1, 0, 0.01,
+                   "Only codes with at least this share of the best one's probability; 0: all."),
             slider("guidance_scale", "Guidance scale", 0, 10, 1, 0.1, "Above 1: more like its class or caption."),
             gr.Radio(["constant", "linear"], value="constant", label="Guidance schedule", interactive=not schedule_why,
                      info=f"Not here: {schedule_why}." if schedule_why else "Linear: growing from 1 with each code."),
@@ -153,7 +183,7 @@ class Parts:
         info = "Not here: the prior is unconditional."
         return gr.Dropdown([demo.ANY_CLASS], value=demo.ANY_CLASS, label="Class", info=info, interactive=False)
 
-    def code_pictures(self, elem_id: str, values: Sequence[Image.Image] = ()) -> list:
+    def code_pictures(self, elem_id: str, values: Sequence[str] = ()) -> list:
         """One for each level, elem_id-0, elem_id-1, ..."""
         spec = self.tokenizer.spec
         labels = []
@@ -166,7 +196,7 @@ class Parts:
             for level, (label, value) in enumerate(zip(labels, values))
         ]
 
-    def draw_codes(self, codes, marked=None) -> list[Image.Image]:
+    def draw_codes(self, codes, marked=None) -> list[str]:
         marks = [None] * len(codes) if marked is None else [level[0] for level in marked]
         sizes = self.tokenizer.spec.vocab_sizes
-        return [code_picture(code[0], size, mark) for code, size, mark in zip(codes, sizes, marks)]
+        return [self.file(code_picture(code[0], size, mark)) for code, size, mark in zip(codes, sizes, marks)]

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import threading
+from pathlib import Path
 
 from PIL import Image
 
@@ -76,7 +77,7 @@ def serve(pipeline: Pipeline, limits: Limits, name: str, *, host: str, port: int
     with tempfile.TemporaryDirectory(prefix="tessera-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads and pictures; gone when the server is
         os.environ.pop("GRADIO_ALLOWED_PATHS", None)
-        page = build_page(gradio, pipeline, limits, name)
+        page = build_page(gradio, pipeline, limits, name, Path(folder))
         # A page of the internet whose name is made to point here must not be answered
         hosts = ["localhost", "127.0.0.1", host, host.strip("[]")] if is_loopback(host) else ["*"]
         page.launch(

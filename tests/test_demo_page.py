@@ -92,6 +92,15 @@ def wait_for(condition, what: str, seconds: float = SECONDS):
     return found
 
 
+@torch.no_grad()
+def tell_apart(tokenizer, codes) -> None:
+    """Spreads a random encoder's features of decoded codes over its codebook, or it gives one code to all images."""
+    features = tokenizer.to_quantizer(tokenizer.encoder(2 * tokenizer.decode(codes) - 1))
+    scale = tokenizer.quantizer.codebook.std() / features.std(dim=(0, 2, 3))
+    tokenizer.to_quantizer.weight.mul_(scale.view(-1, 1, 1, 1))
+    tokenizer.to_quantizer.bias.sub_(features.mean(dim=(0, 2, 3))).mul_(scale)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """Of a random class-conditional pipeline with 32 x 32 codes, so that there is something to watch."""
@@ -100,6 +109,9 @@ def server(tmp_path_factory):
                      "binarize": "none"}  # fmt: skip
     fields = {**tiny.TOKENIZERS["vqvae"], "image_shape": (3, 128, 128), "preprocessing": preprocessing}
     tokenizer = build_tokenizer({"type": "vqvae", **fields})
+    with torch.no_grad():
+        tokenizer.quantizer.codebook.mul_(20)  # else all codes are decoded to much the same grey
+    tell_apart(tokenizer, tokenizer.prior.sample(4))
     implied = {"spec": tokenizer.spec, "num_classes": 3, "tokenizer_fingerprint": fingerprint(tokenizer)}
     prior = build_prior({"type": "gpt", **tiny.PRIORS["gpt"], **implied})
     running = Server(
@@ -133,6 +145,12 @@ def page(browser, server):
     browser.get("about:blank")
     browser.get_log("performance"), browser.get_log("browser")
     browser.get(server.address)
+    # Gradio lays a veil over what it waits for, whose colour `middle` would take for that of the canvas
+    browser.execute_script("""
+        document.head.append(Object.assign(document.createElement("style"), {
+            textContent: "[data-testid=status-tracker] {visibility: hidden !important}"
+        }));
+    """)
     opened = Page(browser)
     opened.wait("#drawing canvas")
     opened.wait_for_middle("#drawing", lambda colour: colour == [0, 0, 0])
@@ -174,17 +192,18 @@ class Page:
         self.click(f"button[role=tab][data-tab-id={name}]")
 
     def source(self, selector: str) -> str:
-        found = self.all(f"{selector} img")
-        return found[0].get_attribute("src") if found else ""
+        def found():
+            return [one.get_attribute("src") for one in self.all(f"{selector} img")]
+
+        return wait_for(found, f"the picture {selector}")[0]
 
     def picture(self, selector: str) -> np.ndarray:
         """(height, width, 3): an image as the page got it."""
-        source = wait_for(lambda: self.source(selector), f"the picture {selector}")
-        with OPENER.open(source, timeout=SECONDS) as answer, Image.open(answer) as picture:
+        with OPENER.open(self.source(selector), timeout=SECONDS) as answer, Image.open(answer) as picture:
             return np.asarray(picture.convert("RGB"))
 
     def new_picture(self, selector: str, before: str) -> np.ndarray:
-        wait_for(lambda: self.source(selector) not in ("", before), f"a new picture {selector}")
+        wait_for(lambda: self.source(selector) != before, f"a new picture {selector}")
         return self.picture(selector)
 
     def paint(self, selector: str, *steps: tuple[int, int]) -> None:
@@ -257,6 +276,20 @@ def test_images_arrive_code_by_code_and_can_be_sent_to_other_tabs(page):
     click.perform()
     page.click("#send-to-hole")
     page.wait_for_middle("#hole", lambda colour: colour != [0, 0, 0])
+
+
+def test_the_same_seed_draws_the_same_images_whose_file_is_not_written_again(page):
+    """A file that is written while a browser reads it arrives broken."""
+    page.open_tab("sample")
+    page.click("#sample")
+    wait_for(lambda: "1024 of 1024 codes" in page.text("#status"), "all codes")
+    source = page.source("#samples")
+    Image.new("RGB", (8, 8), "red").save(source.partition("file=")[2])
+    page.click("#sample")
+    wait_for(lambda: not page.text("#status").startswith("1024"), "another drawing")
+    wait_for(lambda: "1024 of 1024 codes" in page.text("#status"), "all codes again")
+    wait_for(lambda: page.source("#samples") == source, "the same images")
+    assert page.picture("#samples")[0, 0].tolist() == [255, 0, 0]
 
 
 def test_drawing_is_stopped(page):
