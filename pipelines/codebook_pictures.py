@@ -13,12 +13,15 @@ from tokenizer.base import Tokenizer
 
 # The map shows at most so many code vectors, those that are used most
 MOST_VECTORS = 4096
+# Codes of which it is shown where they occur
+NUM_PLACED = 12
 
 
 def save_codebook_pictures(
     tokenizer: Tokenizer, counts: dict[int, Tensor], position_counts: list[Tensor | None], folder: Path
 ) -> list[Path]:
-    """Writes one picture per level: histogram of use, map of the code vectors, entropy and commonest code by position.
+    """Writes one picture per level: histogram of use, map of the code vectors, entropy and commonest code by position,
+    and where each of the commonest codes occurs.
 
     Args:
         tokenizer: whose codes they are.
@@ -36,19 +39,22 @@ def save_codebook_pictures(
     vectors = code_vectors(tokenizer)
     paths = []
     for level, level_counts in counts.items():
-        figure = Figure(figsize=(11, 8.5), layout="constrained")
+        whole = Figure(figsize=(11, 10.5), layout="constrained")
+        figure, below = whole.subfigures(2, 1, height_ratios=(8.5, 2))
         panels = figure.subplots(2, 2)
         name = f"level {level}: " if len(counts) > 1 else ""
-        figure.suptitle(
+        whole.suptitle(
             f"{name}{codebook_usage(level_counts):.1%} of {len(level_counts)} codes used, "
             f"perplexity {perplexity(level_counts):.1f}"
         )
         _draw_histogram(panels[0, 0], level_counts)
         _draw_map(figure, panels[0, 1], level_counts, vectors[level] if vectors else None)
         _draw_positions(figure, panels[1], tokenizer.spec, level, position_counts[level])
+        if position_counts[level] is not None:
+            _draw_places(below, tokenizer.spec, level, position_counts[level])
         path = folder / (f"codebook_{level}.png" if len(counts) > 1 else "codebook.png")
         with atomic_file(path) as file:
-            figure.savefig(file, format="png", dpi=100)
+            whole.savefig(file, format="png", dpi=100)
         paths.append(path)
     return paths
 
@@ -112,7 +118,8 @@ def _draw_map(figure, panel, counts: Tensor, vectors: Tensor | None) -> None:
     colours = panel.scatter(*places[~unused.numpy()].T, s=12, c=use[~unused].log10().numpy(), cmap="viridis")
     figure.colorbar(colours, ax=panel, label="log10 of occurrences")
     explained = pca.explained_variance_ratio_
-    panel.set(xlabel=f"{explained[0]:.0%} of the variance", ylabel=f"{explained[1]:.0%} of the variance")
+    panel.set(xlabel=f"first component, {explained[0]:.0%} of the variance",
+              ylabel=f"second component, {explained[1]:.0%} of the variance")  # fmt: skip
     if unused.any():
         panel.legend()
 
@@ -130,9 +137,7 @@ def _draw_positions(figure, panels, spec: CodeSpec, level: int, position_counts:
     values = (position_entropy(position_counts), share.double())
     labels = ("nats", "share of the commonest code")
     for panel, title, value, label in zip(panels, titles, values, labels):
-        grid = torch.full((rows * columns,), math.nan, dtype=torch.float64)
-        grid[: len(value)] = value
-        picture = panel.imshow(grid.view(rows, columns).numpy(), cmap="magma", vmin=0)
+        picture = panel.imshow(_as_grid(value, rows, columns), cmap="magma", vmin=0)
         figure.colorbar(picture, ax=panel, label=label)
         panel.set(title=title, xlabel="column", ylabel="row")
         panel.locator_params(integer=True)
@@ -141,3 +146,25 @@ def _draw_positions(figure, panels, spec: CodeSpec, level: int, position_counts:
             row, column = divmod(position, columns)
             colour = "black" if share[position] > 0.6 * share.max() else "white"
             panels[1].text(column, row, str(code), ha="center", va="center", fontsize=7, color=colour)
+
+
+def _draw_places(figure, spec: CodeSpec, level: int, position_counts: Tensor) -> None:
+    """For each of the commonest codes, the share of images that have it at each position."""
+    rows, columns = grid_shape(spec.shapes[level])
+    shares = position_counts / position_counts.sum(dim=1, keepdim=True).clamp(min=1)
+    shown = position_counts.sum(dim=0).argsort(descending=True, stable=True)[:NUM_PLACED].tolist()
+    figure.suptitle("where the commonest codes occur", fontsize="medium")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for panel, code in zip(panels, shown):
+        grid = _as_grid(shares[:, code].double(), rows, columns)
+        picture = panel.imshow(grid, cmap="magma", vmin=0, vmax=shares[:, shown].max().item())
+        panel.set_title(f"code {code}", fontsize="small")
+        panel.set(xticks=[], yticks=[])
+    figure.colorbar(picture, ax=panels, label="share of images")
+
+
+def _as_grid(values: Tensor, rows: int, columns: int):
+    """(rows, columns) NumPy array of one value for each position; nan where a vector leaves a rest."""
+    grid = torch.full((rows * columns,), math.nan, dtype=torch.float64)
+    grid[: len(values)] = values
+    return grid.view(rows, columns).numpy()
