@@ -2,6 +2,8 @@
 
 from huggingface_hub import ModelCardData
 
+from pipelines.report import format_rows
+
 
 def model_card(pipeline) -> str:
     """README.md of a pipeline folder: what it is, how to use it, what was measured."""
@@ -54,11 +56,12 @@ def _count(model) -> str:
 def _metrics_table(metrics: dict) -> str:
     if not metrics:
         return "Nothing yet; `scripts/evaluate.py` fills this table."
-    rows = [f"| {name} | {_number(value)} |" for name, value in metrics.items()]
+    rows = [f"| {name} | {text} |" for name, text in format_rows(metrics).items()]
     units = (
         "The tokenizer's nll is in nats per pixel and channel, the prior's in nats per code, as are those of a uniform "
         "and of a unigram distribution; bits_per_image are those of the codes; psnr in dB; nats and "
-        "bits_per_dim bound -log p(x) of the pixels, as distortion (p(x | codes)) plus rate (p(codes))."
+        "bits_per_dim bound -log p(x) of the pixels, as distortion (p(x | codes)) plus rate (p(codes)); ± is one "
+        "standard error over images, of inception_score the standard deviation over ten splits."
     )
     return "\n".join(["| metric | value |", "|---|---|", *rows, "", units])
 
@@ -97,7 +100,3 @@ def _protocol(fields: dict) -> str:
 
 def _data(identity: dict) -> str:
     return f"{identity['name']} {identity['split']} ({identity['count']:,} images, {identity['content'][:12]})"
-
-
-def _number(value) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -3,10 +3,15 @@
 
 def format_table(metrics: dict[str, float]) -> str:
     """Two aligned columns; a standard error, NAME_se, or deviation, NAME_std, stands behind its value."""
+    rows = format_rows(metrics)
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+def format_rows(metrics: dict[str, float]) -> dict[str, str]:
+    """Each value by its name, with its spread where there is one."""
     spreads = {f"{name}{suffix}" for name in metrics for suffix in ("_se", "_std")}
-    shown = {name: value for name, value in metrics.items() if name not in spreads}
-    width = max(map(len, shown))
-    return "\n".join(f"{name:<{width}}  {format_value(metrics, name)}" for name in shown)
+    return {name: format_value(metrics, name) for name in metrics if name not in spreads}
 
 
 def format_value(metrics: dict[str, float], name: str) -> str:

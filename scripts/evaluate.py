@@ -6,8 +6,9 @@
     python scripts/evaluate.py --inception_weights download --lpips_weights download
 
 The numbers go to RUN/evaluation.json, each with the protocol that it was measured by, and into the model card; pictures
-go to RUN/evaluation/. Without the weights of Inception, FID is measured in the feature space of a small classifier that
-is trained on the data set itself, and called fid_classifier.
+go to RUN/evaluation/: of each codebook, and of samples, each above its nearest training images (first the samples that
+are nearest to any, then others). Without the weights of Inception, FID is measured in the feature space of a small
+classifier that is trained on the data set itself, and called fid_classifier.
 """
 
 import shlex

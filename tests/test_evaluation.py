@@ -665,7 +665,8 @@ def test_the_card_says_how_its_numbers_were_measured(evaluated, tmp_path):
     record(pipeline, "test", {**result, "command": "python scripts/evaluate.py --run x"})
     pipeline.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert f"| test bits_per_dim | {result['metrics']['bits_per_dim']:.5g} |" in card
+    value, error = (result["metrics"][name] for name in ("bits_per_dim", "bits_per_dim_se"))
+    assert f"| test bits_per_dim | {value:.5g} ± {error:.2g} |" in card
     assert "python scripts/evaluate.py --run x" in card
     assert f"digits test (60 images, {digits('test').identity['content'][:12]})" in card
     assert "not measured, fid: it needs inception_weights" in card
