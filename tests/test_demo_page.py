@@ -284,7 +284,11 @@ def test_the_same_seed_draws_the_same_images_whose_file_is_not_written_again(pag
     page.click("#sample")
     wait_for(lambda: "1024 of 1024 codes" in page.text("#status"), "all codes")
     source = page.source("#samples")
-    Image.new("RGB", (8, 8), "red").save(source.partition("file=")[2])
+    loaded = "const image = document.querySelector('#samples img'); return image.complete && image.naturalWidth > 0"
+    wait_for(lambda: page.driver.execute_script(loaded), "the picture to be read")
+    path = Path(source.partition("file=")[2])
+    Image.new("RGB", (8, 8), "red").save(path.with_name("red.png"))
+    path.with_name("red.png").replace(path)
     page.click("#sample")
     wait_for(lambda: not page.text("#status").startswith("1024"), "another drawing")
     wait_for(lambda: "1024 of 1024 codes" in page.text("#status"), "all codes again")
