@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
-from tokenizer.likelihoods import LIKELIHOODS, Bernoulli, Laplace, LogisticMixture, Normal
+from tokenizer.likelihoods import LIKELIHOODS, Bernoulli, Categorical, Laplace, LogisticMixture, Normal
 from tokenizer.registry import build
 
 
@@ -236,3 +236,13 @@ def test_bernoulli_nll_refuses_images_that_are_not_binary():
 def test_options_out_of_range_are_refused(make_bad, message):
     with pytest.raises(ValueError, match=message):
         make_bad()
+
+
+def test_categorical_logits_of_a_channel_stand_side_by_side():
+    params = torch.randn(2, 3 * 256, 1, 2)
+    probabilities = params.double().unflatten(1, (3, 256)).softmax(dim=2)  # (B, C, V, H, W)
+    values = torch.randint(256, (2, 3, 1, 2))
+    nats = -probabilities.gather(2, values[:, :, None]).log().sum(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(Categorical(3).nll(params, values / 255).double(), nats, rtol=1e-5, atol=0)
+    means = (probabilities * torch.arange(256)[:, None, None] / 255).sum(dim=2)
+    torch.testing.assert_close(Categorical(3).mean(params).double(), means, rtol=1e-5, atol=0)

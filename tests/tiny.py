@@ -74,6 +74,7 @@ SMOOTHINGS: dict[str, dict] = {
 
 LIKELIHOODS: dict[str, dict] = {
     "bernoulli": {},
+    "categorical": {},
     "laplace": {},
     "logistic_mixture": {"num_components": 2},
     "normal": {},

@@ -185,6 +185,36 @@ class Bernoulli(Likelihood):
         return images.mean(dim=(0, 2, 3)).clamp(0.01, 0.99).logit()
 
 
+class Categorical(Likelihood):
+    """A probability of its own for each value of a pixel (van den Oord et al. 2016, arXiv:1601.06759, section 3.3).
+
+    It assumes nothing of what values are near each other, so it fits any distribution and learns more slowly. Channels
+    are independent given the codes. `params` are logits, those of a channel's V values side by side.
+
+    Args:
+        image_channels: 1 or 3.
+    """
+
+    def __init__(self, image_channels: int):
+        super().__init__(image_channels)
+        self.num_channels = image_channels * self.num_values
+
+    def losses(self, params: Tensor, images: Tensor) -> dict[str, Tensor]:
+        return {"reconstruction": self.nll(params, images).mean() / images[0].numel()}
+
+    def nll(self, params: Tensor, images: Tensor) -> Tensor:
+        values = _pixel_values(images, self.num_values).long()
+        return F.cross_entropy(self._logits(params), values, reduction="none").flatten(1).sum(dim=1)
+
+    def mean(self, params: Tensor) -> Tensor:
+        values = torch.linspace(0, 1, self.num_values, device=params.device)
+        return torch.einsum("bvchw,v->bchw", self._logits(params).softmax(dim=1), values).clamp(0, 1)
+
+    def _logits(self, params: Tensor) -> Tensor:
+        """(B, V, C, H, W) in float32."""
+        return rearrange(params.float(), "b (c v) h w -> b v c h w", v=self.num_values)
+
+
 class LogisticMixture(Likelihood):
     """Discretised mixture of logistics (Salimans et al. 2017, PixelCNN++, arXiv:1701.05517, section 2.1 and 2.2).
 
@@ -256,6 +286,7 @@ class LogisticMixture(Likelihood):
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
     "bernoulli": Bernoulli,
+    "categorical": Categorical,
     "laplace": Laplace,
     "logistic_mixture": LogisticMixture,
     "normal": Normal,
