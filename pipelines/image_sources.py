@@ -322,7 +322,8 @@ def _first_accepted(cls: type, choices: list[dict], arguments: dict) -> Dataset:
 def _expected_files(cls: type, root: Path) -> str:
     root = root.absolute()
     if hasattr(cls, "resources"):  # the MNIST family
-        return f"{', '.join(Path(name).name for name, _ in cls.resources)} into {root / cls.__name__ / 'raw'}"
+        names = ", ".join(Path(name).name for name, _ in cls.resources)
+        return f"{names} into {root / cls.__name__ / 'raw'}; data.download unpacks what is there"
     if hasattr(cls, "base_folder") and hasattr(cls, "filename"):  # CIFAR
         return f"{cls.filename} from {cls.url} into {root} and unpack it there, as {cls.base_folder}/"
     return f"the files that the documentation of torchvision.datasets.{cls.__name__} names into {root}"
