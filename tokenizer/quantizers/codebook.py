@@ -144,8 +144,8 @@ class _Assign(torch.autograd.Function):
         return grad_h, grad_codebook, None, None, None, None
 
 
-# Vectors of a piece; a megabyte of them at D = 128
-PIECE = 2048
+# Vectors of a piece; a megabyte of them at D = 64
+PIECE = 4096
 
 
 def _rows(h: Tensor) -> Iterator[Tensor]:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Vectors x entries of a tile of distances. On the CPU 2 MB stay in the cache between the product and the argmin, and
+# Vectors x entries of a tile of distances. On the CPU 1 MB stays in the cache between the product and the argmin, and
 # both sides are long enough for the product to run at full rate: the search takes the time of the products alone.
 # Elsewhere launches dominate, all entries come at once, and 64 MB is still nothing.
-CPU_TILE, CPU_COLUMNS = 2**19, 1024
+CPU_TILE, CPU_COLUMNS = 2**18, 1024
 DEVICE_TILE = 2**24
 # Where the search is one kernel instead, if there is Triton, which torch brings to Linux with its GPU builds
 FUSED_DEVICE = "cuda"
