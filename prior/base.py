@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -288,7 +289,7 @@ class Prior(nn.Module, ABC):
         self._check_supported(options.names_set() | {name for name, asked in extras.items() if asked})
         self._check_options(options, given)
         self.check_labels(labels, num_samples)
-        device = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0)).device
+        device = next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
         if labels is not None:
             labels = labels.to(device)
         if given is not None:
@@ -296,14 +297,16 @@ class Prior(nn.Module, ABC):
         noise = ImageNoise(num_samples, generator, device)
         arguments = (num_samples, labels, options, noise, given, callback or (lambda done, total: None))
         training = self.training
-        self.eval()
+        if training:
+            self.eval()
         try:
             if not return_log_prob and codes_callback is None:
                 return self._sample(*arguments)
             sampled = self._sample_by_steps(*arguments, codes_callback)
             return sampled if return_log_prob else sampled.codes
         finally:
-            self.train(training)
+            if training:
+                self.train()
 
     @abstractmethod
     def _sample(
