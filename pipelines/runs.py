@@ -70,7 +70,7 @@ def run_script(main: Callable[[], Outcome | None]) -> None:
     except KeyboardInterrupt:
         exit_process(130)
     except SystemExit as stop:  # of a run that was told to stop
-        exit_process(stop.code)
+        exit_process(stop.code or 0)
     if dist.is_initialized():
         exit_process()
 
