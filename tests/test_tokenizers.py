@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tokenizer import TOKENIZERS, VQVAE, VQVAE2
 from tokenizer.latent_networks import LATENT_NETWORKS
+from tokenizer.latent_vae import LatentVAE
 from tokenizer.likelihoods import LIKELIHOODS
 from tokenizer.networks import NETWORKS
 from tokenizer.quantizers import QUANTIZERS
@@ -307,6 +308,32 @@ def test_a_few_steps_reduce_the_reconstruction_loss(name):
 # VQ-VAE and VQ-VAE-2
 
 
+LATENT_VAES = sorted(name for name, cls in TOKENIZERS.items() if issubclass(cls, LatentVAE))
+
+
+@pytest.mark.parametrize("name", LATENT_VAES)
+def test_local_latents_start_at_their_own_kl_weight_and_end_at_one(name):
+    network = {"type": "conv", "hidden_dims": (8,), "local_dims": (2,), "global_dim": 8}
+
+    def gradient(step: int, **options) -> Tensor:
+        """Of the training loss, for the parameters of q(h | x, z), which nothing but the bound reaches."""
+        torch.manual_seed(0)
+        model = make(name, network=network, kl_warmup_steps=4, weight_decay=0.0, **options).double().train()
+        images = random_images(model).double()
+        labels = some_labels(model, len(images))
+        torch.manual_seed(0)
+        losses = model(images, step, *([] if labels is None else [labels])).losses
+        return torch.autograd.grad(sum(losses.values()), model.network.locals[0].posterior[1].weight)[0]
+
+    assert torch.equal(gradient(3, local_kl_start=4.0), gradient(3))  # the warm-up is over
+    # Weights at the first step, of 0.25 for the others: 0.25, 1 and 3.25; one image is drawn for once
+    draws = {} if TOKENIZERS[name].Config.num_draws > 1 else {"num_draws": 1}
+    none, one, four = (gradient(0, **draws, local_kl_start=start) for start in (0.0, 1.0, 4.0))
+    assert not torch.allclose(one, none)
+    if draws:
+        torch.testing.assert_close((four - none) / 3.0, (one - none) / 0.75)
+
+
 def test_code_maps_have_the_rounded_up_size():
     assert make("vqvae", image_shape=(3, 9, 6)).spec.shapes == ((3, 2),)
     assert make("vqvae2", image_shape=(3, 9, 6)).spec.shapes == ((3, 2), (6, 4))
@@ -369,6 +396,20 @@ def test_configurations_take_lists():
 
 
 # Networks
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
+def test_feature_maps_keep_their_channels_side_by_side(name, channels):
+    """The layout in which convolutions and the search are fastest, from the image to the last map."""
+    tokenizer = make(name, image_shape=(channels, 8, 8))
+    maps = []
+    for module in tokenizer.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    tokenizer(random_images(tokenizer))
+    assert len(maps) > 5
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in maps)
 
 
 @pytest.mark.parametrize("factor", [1, 2, 8])

@@ -51,8 +51,8 @@ class Concrete(BinaryVAE):
         decoded = self.decode_latents(latents, features)
         prior_logits = torch.cat([self.prior.left_bias, self.prior.right_bias])
         log_ratio = _log_logistic(scaled - prior_logits) - _log_logistic(scaled - logits)
-        log_weights = -self.distortion(decoded, images)
-        log_weights = log_weights + kl_weight * (log_ratio.sum(dim=1) - local_kl(decoded.local))
+        local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+        log_weights = kl_weight * log_ratio.sum(dim=1) - self.distortion(decoded, images) - local
         losses = {"bound": importance_weighted(log_weights, self.config.num_draws).mean()}
         return losses, Posterior(logits, latents, None), decoded
 

@@ -54,7 +54,7 @@ class DVAE(BinaryVAE):
             "log_partition": kl_weight * self.prior.log_partition_loss(),
         }
         if decoded.local:
-            losses["local_kl"] = balanced_kl(decoded.local, kl_weight).mean()
+            losses["local_kl"] = balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()
         return losses, posterior, decoded
 
     def relax(self, logits: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class DVAEPP(BinaryVAE):
             "log_partition": kl_weight * self.prior.log_partition_loss(),
         }
         if decoded.local:
-            losses["local_kl"] = balanced_kl(decoded.local, kl_weight).mean()
+            losses["local_kl"] = balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()
         return losses, posterior, decoded
 
     def cross_entropy(self, posterior: Posterior) -> Tensor:

@@ -32,9 +32,8 @@ class DVAESharp(DVAEPP):
         # r(zeta | 0) is a factor of both densities
         log_q = torch.logaddexp(F.logsigmoid(posterior.logits) + posterior.log_ratio, F.logsigmoid(-posterior.logits))
         log_p = unnormalized_log_marginal(self.prior, posterior.log_ratio)
-        log_weights = -self.distortion(decoded, images) + kl_weight * (
-            log_p - log_q.sum(dim=1) - local_kl(decoded.local)
-        )
+        local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+        log_weights = kl_weight * (log_p - log_q.sum(dim=1)) - self.distortion(decoded, images) - local
         losses = {
             "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
             "log_partition": kl_weight * self.prior.log_partition_loss(),

@@ -59,8 +59,8 @@ class GaussianIntegral(BinaryVAE):
         )
         decoded = self.decode_latents(latents, features)
         log_p = unnormalized_log_density(self.prior, latents, self.config.beta)
-        kl = log_q.sum(dim=1) - log_p + local_kl(decoded.local)
-        log_weights = -self.distortion(decoded, images) - kl_weight * kl
+        local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+        log_weights = kl_weight * (log_p - log_q.sum(dim=1)) - self.distortion(decoded, images) - local
         losses = {
             "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
             "log_partition": kl_weight * self.prior.log_partition_loss(),

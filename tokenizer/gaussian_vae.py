@@ -124,11 +124,12 @@ class GaussianVAE(LatentVAE):
             kl = q.log_prob(z) - self.prior.log_density(z)
             nats = charged = kl.mean()
         if config.num_draws > 1:
-            log_weights = -distortion - config.beta * kl_weight * (kl + local_kl(decoded.local))
+            local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+            log_weights = -distortion - config.beta * (kl_weight * kl + local)
             return {"bound": importance_weighted(log_weights, config.num_draws).mean()}, nats
         losses = {"reconstruction": distortion.mean(), "kl": config.beta * kl_weight * charged}
         if decoded.local:
-            losses["local_kl"] = config.beta * balanced_kl(decoded.local, kl_weight).mean()
+            losses["local_kl"] = config.beta * balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()
         return losses, nats
 
     def infer(self, features: Sequence[Tensor], first: Tensor, sample: bool) -> Inferred:

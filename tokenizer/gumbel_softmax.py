@@ -94,7 +94,7 @@ class GumbelSoftmax(LatentVAE):
             "kl": kl_weight * torch.stack(kls).sum(),
         }
         if decoded.local:
-            losses["local_kl"] = balanced_kl(decoded.local, kl_weight).mean()
+            losses["local_kl"] = balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()
         nats = {f"categoricals of group {group}": (kl, size) for group, kl in enumerate(kls)}
         return Trained(losses, (torch.cat(codes, dim=1),), decoded, nats)
 

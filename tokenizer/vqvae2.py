@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from einops import repeat
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.base import Codes, CodeSpec, PriorConfig
@@ -17,7 +17,7 @@ from tokenizer.networks import NETWORKS
 from tokenizer.networks.factor import num_halvings
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.registry import build
-from tokenizer.vqvae import initialize_by_data, pad_to_multiple
+from tokenizer.vqvae import channels_last, initialize_by_data, pad_to_multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class VQVAE2(Tokenizer):
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Per level, coarse to fine: (B, latent_dim, h, w)."""
-        features = [2 * pad_to_multiple(images, self.config.downsample_factors[0]) - 1]
+        features = [channels_last(2 * pad_to_multiple(images, self.config.downsample_factors[0]) - 1)]
         for encoder in reversed(self.encoders):
             features.insert(0, encoder(features[0]))
         return features[:-1]
@@ -212,7 +212,7 @@ class VQVAE2(Tokenizer):
         _, height, width = self.config.image_shape
         factors = self.config.downsample_factors
         finest = [
-            repeat(z, "b d h w -> b d (h r) (w s)", r=factor // factors[-1], s=factor // factors[-1])
+            F.interpolate(z, scale_factor=factor // factors[-1]) if factor > factors[-1] else z
             for z, factor in zip(latents, factors)
         ]
         return self.decoders[-1](torch.cat(finest, dim=1))[:, :, :height, :width]
