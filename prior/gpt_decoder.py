@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Tokens of a block of the cache, and the rows (batch x heads) from which on it has blocks. With the places of a whole
-# sequence side by side for each row, those still to come are holes, and memory with holes is read at half the speed.
-# What is small enough to stay in the processor's cache does not mind.
-BLOCK, ROWS_FOR_BLOCKS = 16, 64
+# Places by which a layer's cache grows. Those still to come are holes, and memory with holes is read at half the speed,
+# so there are never many of them. What has few rows (batch x heads) stays in the processor's cache and does not mind.
+GROWTH, ROWS_THAT_GROW = 64, 64
 
 
 class Decoder:
@@ -74,16 +73,13 @@ class Layer:
         self.gate, self.up, self.down = (
             product([p.weight], batch) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
-        rows, length = batch * self.num_heads, cache.max_length
-        self.block = BLOCK if rows >= ROWS_FOR_BLOCKS else length
-        # (2, blocks, B, heads, S, head_dim): keys and values together, since one copy then stores both; zeros, since
-        # what is not there yet is read with a weight of 0
-        blocks = -(-length // self.block)
-        self.past = cache.keys.new_zeros(2, blocks, batch, self.num_heads, self.block, self.head_dim)
+        self.max_length = cache.max_length
+        self.growth = GROWTH if batch * self.num_heads >= ROWS_THAT_GROW else self.max_length
+        # (2, B, heads, capacity, head_dim): keys and values together, since one copy then stores both
+        self.past = cache.keys.new_empty(2, batch, self.num_heads, 0, self.head_dim)
         for place in range(cache.length):
             self._store(torch.stack([cache.keys[:, :, place, order], cache.values[:, :, place]]), place)
         del cache.keys, cache.values
-        self.keys, self.values = self.past.flatten(2, 3)  # (blocks, rows, S, head_dim)
 
     def __call__(self, x: Tensor, rotation: Tensor | None, place: int) -> Tensor:
         projected = self.queries_keys_values.times(self.norm(x))
@@ -98,23 +94,20 @@ class Layer:
         return self.down.times_plus(self.up.times_multiplied(normed, self.gate.swish_times(normed)), x)
 
     def _store(self, keys_values: Tensor, place: int) -> None:
-        """Keys and values (2, B, heads, head_dim) of the token at `place`."""
-        self.past[:, place // self.block, :, :, place % self.block] = keys_values
+        """Keys and values (2, B, heads, head_dim) of the token at `place`, the next one."""
+        if place == self.past.shape[3]:
+            smaller, capacity = self.past, min(place + self.growth, self.max_length)
+            self.past = smaller.new_empty(2, *keys_values.shape[1:3], capacity, self.head_dim)
+            self.past[:, :, :, :place] = smaller
+        self.past[:, :, :, place] = keys_values
 
     def _attend(self, queries: Tensor, length: int) -> Tensor:
         """The mean of the first `length` values, weighted for each of the queries (rows, 1, head_dim).
 
         For one query per row two batched products beat scaled_dot_product_attention.
         """
-        blocks, rows = -(-length // self.block), len(queries)
-        if blocks == 1:
-            weights = torch.bmm(queries, self.keys[0, :, :length].mT).softmax(dim=-1)
-            return torch.bmm(weights, self.values[0, :, :length])
-        keys, values = self.keys[:blocks].flatten(0, 1), self.values[:blocks].flatten(0, 1)
-        scores = torch.bmm(queries.repeat(blocks, 1, 1), keys.mT)  # (blocks x rows, 1, S)
-        weights = scores.view(blocks, rows, -1).transpose(0, 1).flatten(1)[:, :length].softmax(dim=-1)
-        weights = F.pad(weights, (0, blocks * self.block - length)).unflatten(1, (blocks, -1)).transpose(0, 1)
-        return torch.bmm(weights.reshape(blocks * rows, 1, -1), values).view(blocks, rows, -1).sum(dim=0)
+        keys, values = self.past.flatten(1, 2)[:, :, :length]
+        return torch.bmm(torch.bmm(queries, keys.mT).softmax(dim=-1), values)
 
 
 class Norm:

@@ -37,24 +37,24 @@ def check(prior: GPT, classes: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])
 @settings(deadline=None, max_examples=40)
-@given(block=st.integers(1, 20), batch=st.integers(1, 4), rows_for_blocks=st.sampled_from([1, 4, 1000]))
-def test_blocks_of_any_length_give_the_logits_of_the_whole_pass(positions, block, batch, rows_for_blocks):
+@given(growth=st.integers(1, 20), batch=st.integers(1, 4), rows_that_grow=st.sampled_from([1, 4, 1000]))
+def test_a_cache_that_grows_by_any_length_gives_the_logits_of_the_whole_pass(positions, growth, batch, rows_that_grow):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt_decoder, "BLOCK", block)
-        patch.setattr(gpt_decoder, "ROWS_FOR_BLOCKS", rows_for_blocks)
+        patch.setattr(gpt_decoder, "GROWTH", growth)
+        patch.setattr(gpt_decoder, "ROWS_THAT_GROW", rows_that_grow)
         check(make(positions, num_classes=3), torch.arange(batch) % 3)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 50])
-def test_a_prefix_of_several_tokens_reaches_the_blocks(block, monkeypatch):
-    monkeypatch.setattr(gpt_decoder, "BLOCK", block)
-    monkeypatch.setattr(gpt_decoder, "ROWS_FOR_BLOCKS", 1)
+@pytest.mark.parametrize("growth", [1, 2, 3, 50])
+def test_a_prefix_of_several_tokens_reaches_a_cache_that_grows(growth, monkeypatch):
+    monkeypatch.setattr(gpt_decoder, "GROWTH", growth)
+    monkeypatch.setattr(gpt_decoder, "ROWS_THAT_GROW", 1)
     check(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5)))
 
 
 def test_places_that_are_not_filled_yet_do_not_count(monkeypatch):
-    monkeypatch.setattr(gpt_decoder, "BLOCK", 4)
-    monkeypatch.setattr(gpt_decoder, "ROWS_FOR_BLOCKS", 1)
+    monkeypatch.setattr(gpt_decoder, "GROWTH", 4)
+    monkeypatch.setattr(gpt_decoder, "ROWS_THAT_GROW", 1)
     torch.use_deterministic_algorithms(True)  # new memory that nobody writes to is full of NaN then
     try:
         check(make("rotary", num_classes=3), torch.arange(3))
@@ -62,20 +62,28 @@ def test_places_that_are_not_filled_yet_do_not_count(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_many_rows_have_blocks_and_few_have_not():
-    rows = gpt_decoder.ROWS_FOR_BLOCKS
-    assert [decoder(batch).layers[0].past.shape[:2] for batch in (rows // 2 - 1, rows // 2)] == [(2, 1), (2, 2)]
+@torch.no_grad()
+def test_a_cache_of_many_rows_grows_to_the_sequence_and_one_of_few_starts_there(monkeypatch):
+    monkeypatch.setattr(gpt_decoder, "GROWTH", 8)
+    rows = gpt_decoder.ROWS_THAT_GROW
+    few, many = decoder(rows // 2 - 1), decoder(rows // 2)
+    assert [d.layers[0].past.shape[3] for d in (few, many)] == [20, 8]
+    capacities = []
+    for _ in range(19):
+        many(torch.zeros(rows // 2, 1, dtype=torch.int64), torch.zeros(5, 16))
+        capacities.append(many.layers[0].past.shape[3])
+    assert capacities == [8] * 7 + [16] * 8 + [20] * 4
 
 
+@torch.no_grad()
 def decoder(batch: int) -> gpt_decoder.Decoder:
     """Of 20 places after a class, with two heads."""
     sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16}
     prior = GPT(GPTConfig(spec=CodeSpec(((20,),), (5,)), positions="rotary", **sizes)).eval()
     classes = torch.zeros(batch, dtype=torch.int64)
     caches, rotation = [Cache(20) for _ in prior.model.layers], rotary_table(prior.config, classes.device)
-    with torch.no_grad():
-        prior.model(prior.prefix(classes), rotation, caches)
-        made = gpt_decoder.Decoder(prior.model, caches, rotation)
+    prior.model(prior.prefix(classes), rotation, caches)
+    made = gpt_decoder.Decoder(prior.model, caches, rotation)
     assert not any(hasattr(cache, "keys") or hasattr(cache, "values") for cache in caches)  # one copy is enough
     return made
 
