@@ -5,14 +5,19 @@ python scripts/sample.py --run user/name --class_labels '[3, 7]' --output three_
 python scripts/sample.py --run runs/scenes-vqvae --prompts "a three left of a seven" --guidance_scale 2
 python scripts/sample.py --class_grid true --guidance_scale 3 --guidance_schedule linear --min_p 0.05
 python scripts/sample.py --num_images 16 --columns 4 --animation codes.gif
+python scripts/sample.py --run runs/mnist-dvaepp-conv --resample local
 accelerate launch scripts/sample.py --num_images 1024 --columns 32
 
 Several processes share the images; image i is the same on any number of them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
+
+import torch
+from tqdm import tqdm
 
 from pipelines.animation import CodeRecording, save_animation
 from pipelines.config import parse
@@ -42,6 +47,8 @@ class Options:
             the sequence between which the scale is not 1.
         seed: seed of the samples.
         batch_size: images computed at a time.
+        resample: all; or local, where each row of the picture is one thing in several poses: its images share their
+            codes, and only what the decoder draws of its own differs. Labels or prompts listed are then those of rows.
         columns: images in a row of the picture.
         class_grid: a column for each class (those listed, or all) with its name above; num_images is then that of each
             class, default 8.
@@ -62,6 +69,7 @@ class Options:
     guidance_schedule: Literal["constant", "linear"] | tuple[float, float] = "constant"
     seed: int = 0
     batch_size: int = 64
+    resample: Literal["all", "local"] = "all"
     columns: int = 8
     class_grid: bool = False
     output: str = "samples.png"
@@ -81,29 +89,37 @@ def main() -> Outcome | None:
     pipeline.set_progress_bar_config(disable=None if shards.is_first else True)  # in a terminal only
 
     num_images, labels, prompts = config["num_images"], config["class_labels"], config["prompts"]
+    local = config["resample"] == "local"
+    size = columns if local else 1  # of what is drawn together: a row of images with the same codes, or an image
+    for name in ("class_grid", "animation"):
+        if local and config[name]:
+            raise ValueError(f"{name} shows each image's codes, and resample local draws them once for a row; drop one")
     if config["class_grid"]:
         labels, names = class_columns(pipeline, labels, rows=8 if num_images is None else num_images)
         columns, num_images = len(names), len(labels)
     listed = labels if prompts is None else prompts
     if num_images is None:
-        num_images = len(listed) if isinstance(listed, list) else 64
+        num_images = size * len(listed) if isinstance(listed, list) else 64
+    num_draws = -(-num_images // size)
+    if local and isinstance(listed, list) and len(listed) != num_draws:
+        raise ValueError(f"got {len(listed)} labels or prompts for {num_draws} rows of {size} images; give one per row")
     if config["animation"] is not None and (shards.num_processes > 1 or num_images > config["batch_size"]):
         raise ValueError("an animation shows one batch of one process; raise batch_size or lower num_images")
     recording = None if config["animation"] is None else CodeRecording(pipeline.prior.spec)
 
-    share = shards.share(num_images)
-    labels, prompts = ([x[i] for i in share] if isinstance(x, list) and len(x) == num_images else x
+    share = shards.share(num_draws)
+    labels, prompts = ([x[i] for i in share] if isinstance(x, list) and len(x) == num_draws else x
                        for x in (labels, prompts))  # fmt: skip
-    images = pipeline.sample(
-        len(share),
-        labels,
-        prompts=prompts,
-        **{name: config[name] for name in SAMPLING},
-        generator=shards.generators(num_images, config["seed"]),
-        output_type="pt",
-        codes_callback=recording,
-    )
-    images = shards.gather(images, num_images)
+    generators = shards.generators(num_draws, config["seed"])
+    draw = partial(pipeline.sample, **{name: config[name] for name in SAMPLING}, output_type="pt")
+    if local:
+        pipeline.set_progress_bar_config(disable=True)
+        rows = zip(generators, *(x if isinstance(x, list) else [x] * len(share) for x in (labels, prompts)))
+        rows = tqdm(rows, "sampling", len(share), unit="row", disable=None if shards.is_first else True)
+        images = torch.cat([draw(size, label, prompts=p, generator=g, resample="local") for g, label, p in rows])
+    else:
+        images = draw(len(share), labels, prompts=prompts, generator=generators, codes_callback=recording)
+    images = shards.gather(images, num_draws * size)[:num_images]
     if not shards.is_first:
         return None
     pictures = [save_grid(images, output, columns=columns, column_names=names)]

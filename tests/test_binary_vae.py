@@ -536,6 +536,24 @@ def test_bits_that_do_not_depend_on_the_image_are_named():
     assert "kl_warmup_steps" in found["collapse of bits of group 1"]
 
 
+def test_local_latents_may_carry_nothing_while_they_cost_more_than_the_others():
+    network = {"type": "conv", "hidden_dims": (8, 8), "local_dims": (1, 1), "global_dim": 8}
+    options = {"image_shape": (1, 4, 4), "network": network, "kl_warmup_steps": 10, "local_kl_start": 4.0}
+    model = make("dvaepp", **options).float().train()
+    with torch.no_grad():
+        for name, parameter in model.network.named_parameters():
+            if "posterior" in name or name.startswith("heads.1"):
+                parameter.zero_()
+    x = (torch.rand(20, 1, 4, 4) < 0.5).float()
+    model(x, 3)
+    assert [*model.complaints()] == ["collapse of bits of group 1"]
+    assert "local_kl_start" in model.complaints()["collapse of bits of group 1"]
+    model(x, 9)  # where the warm-up ends
+    local = ["collapse of local latents 2x2", "collapse of local latents 4x4"]
+    assert sorted(model.complaints()) == ["collapse of bits of group 1", *local]
+    assert not any("local_kl_start" in model.complaints()[name] for name in local)
+
+
 # Convolutional networks with local latents
 
 

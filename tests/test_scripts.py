@@ -18,11 +18,14 @@ from safetensors.torch import load_file
 from pipelines import Pipeline
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, load_tokenizer, save_model
 from pipelines.config import Polymorphic, parse
+from pipelines.drawing import one_generator_each
 from pipelines.images import DataConfig, load_images
+from pipelines.pictures import save_grid
 from pipelines.runs import choose_device, say_skipped
 from pipelines.training import TrainingConfig
 from prior import PRIORS
 from prior.base import CodeSpec
+from tests import tiny
 from tokenizer import TOKENIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +149,31 @@ def test_samples_are_the_same_on_two_processes_as_on_one(run_folder):
     with Image.open(folder / "codes.gif") as animation, Image.open(folder / "one.png") as picture:
         assert animation.n_frames == 17  # of 16 codes, and without any
         assert animation.size == picture.size
+
+
+def test_a_row_of_samples_is_one_thing_in_several_poses(tmp_path):
+    network = {"type": "conv", **tiny.LATENT_NETWORKS["conv"]}
+    options = {**tiny.TOKENIZERS["dvaepp"], "network": network}
+    torch.manual_seed(0)
+    pipeline = Pipeline(TOKENIZERS["dvaepp"](TOKENIZERS["dvaepp"].Config(**options)))
+    pipeline.save_pretrained(tmp_path / "p")
+    options = ["--run", "p", "--resample", "local", "--columns", "2", "--num_images", "5", "--seed", "1"]
+    done = run(tmp_path, "sample", *options, "--output", "one.png")
+    assert done.returncode == 0, done.stderr[-3000:]
+    launch(tmp_path, "sample", *options, "--output", "two.png", num_processes=2)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    generators = one_generator_each(3, torch.Generator().manual_seed(1))
+    rows = [pipeline.sample(2, generator=g, resample="local", output_type="pt") for g in generators]
+    save_grid(torch.cat(rows)[:5], tmp_path / "rows.png", columns=2)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "rows.png").read_bytes()
+    for extra, message in [
+        (["--class_grid", "true"], "class_grid shows each image's codes"),
+        (["--class_labels", "[0, 1]"], "got 2 labels or prompts for 3 rows of 2 images"),
+    ]:
+        done = run(tmp_path, "sample", *options, *extra)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_images_are_completed_continued_and_interpolated(run_folder, tmp_path):

@@ -115,6 +115,8 @@ class LatentVAE(Tokenizer):
         self.prior = build("prior", self.parts["prior"], config.prior, spec=spec, **implied)
         self.register_buffer("mean_image", torch.full(config.image_shape, 0.5))
         self.nats_by_group: dict[str, tuple[Tensor, int]] = {}
+        self._local_groups: set[str] = set()
+        self._local_weight = 1.0  # of the local latents' KL in the last training pass
 
     @property
     def has_local_latents(self) -> bool:
@@ -233,23 +235,26 @@ class LatentVAE(Tokenizer):
         return self.config.local_kl_start + (1 - self.config.local_kl_start) * kl_weight
 
     def complaints(self) -> dict[str, str]:
-        """Groups of latents that carry nothing."""
-        advice = "Raise tokenizer.kl_warmup_steps, or give fewer latents"
-        if self.has_local_latents:
-            advice = "Raise tokenizer.kl_warmup_steps; tokenizer.local_kl_start 4 favours the others over local latents"
-        return {
-            f"collapse of {name}": (
+        """Groups of latents that carry nothing; local ones need not while they cost more than the others."""
+        found = {}
+        for name, (nats, num_latents) in self.nats_by_group.items():
+            is_local = name in self._local_groups
+            if nats.item() >= COLLAPSED_NATS_PER_LATENT * num_latents or (is_local and self._local_weight > 1):
+                continue
+            advice = "Raise tokenizer.kl_warmup_steps, or give fewer latents"
+            if self.has_local_latents and not is_local:
+                advice = "Raise tokenizer.kl_warmup_steps, or let the local latents wait: tokenizer.local_kl_start 4"
+            found[f"collapse of {name}"] = (
                 f"{name} collapsed: {nats.item():.3g} nats per image in {num_latents} latents, so they tell the "
                 f"decoder next to nothing. {advice}"
             )
-            for name, (nats, num_latents) in self.nats_by_group.items()
-            if nats.item() < COLLAPSED_NATS_PER_LATENT * num_latents
-        }
+        return found
 
     def _train_pass(self, step: int | None, *inputs: Tensor) -> TokenizerOutput:
         """`objective` of images (and what else a subclass trains with), each row k times."""
         num_draws = self.config.num_draws
         trained = self.objective(*(rows.repeat_interleave(num_draws, dim=0) for rows in inputs), step=step)
+        self._local_weight = self.local_kl_weight(self.kl_weight(step))
         self._remember(trained)
         decay = self.config.weight_decay / 2 * torch.stack([w.square().sum() for w in self.decayed_weights()]).sum()
         return TokenizerOutput(
@@ -266,6 +271,7 @@ class LatentVAE(Tokenizer):
     def _remember(self, trained: Trained) -> None:
         """Follows what each group of latents carries, for `complaints`."""
         local = {name: (group.kl.mean(), group.num_dims) for name, group in trained.decoded.local.items()}
+        self._local_groups = set(local)
         for name, (nats, num_latents) in {**trained.nats, **local}.items():
             known = self.nats_by_group.get(name, (nats, num_latents))[0]
             self.nats_by_group[name] = (torch.lerp(known, nats.detach(), 0.02), num_latents)
