@@ -43,6 +43,7 @@ from pipelines.objectives import Objective
 FREE_TO_CHANGE = (
     "training.total_steps", "training.num_workers", "training.log_every", "training.eval_every", "training.save_every",
     "training.tracker", "training.cpu", "training.allow_process_count_change", "training.compile",
+    "training.compile_mode",
     "data.root", "data.download", "data.cache_bytes", "output",
 )  # fmt: skip
 
@@ -72,7 +73,8 @@ class TrainingConfig:
         max_grad_norm: gradients are clipped to this norm; 0 turns it off.
         ema_decay: decay of the running average of the weights, which is what is evaluated and saved; 0 turns it off.
         mixed_precision: "no", "fp16" or "bf16"; none takes what accelerate was launched with.
-        compile: compile the model with torch.compile.
+        compile: compile the model with torch.compile, which needs a C++ compiler.
+        compile_mode: torch.compile's own; reduce-overhead replays small models from CUDA graphs.
         seed: seed of weights, data order and noise.
         num_workers: processes that load data beside each training process.
         log_every: steps between lines of the log.
@@ -97,6 +99,7 @@ class TrainingConfig:
     ema_decay: float = 0.999
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     compile: bool = False
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     seed: int = 0
     num_workers: int = 0
     log_every: int = 50
@@ -315,7 +318,7 @@ class _Run:
             self._initialize()
         for update in self.updates:
             if self.config.compile:
-                update.module.model.compile()
+                update.module.model.compile(mode=self.config.compile_mode)
             with warnings.catch_warnings():
                 # torch's new name for broadcast_buffers is not known to accelerate 1.15
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)

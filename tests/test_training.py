@@ -554,9 +554,11 @@ def test_training_under_bf16_autocast_keeps_weights_and_codebook_in_float32(mode
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch's own compiler
-@pytest.mark.parametrize("model", ["vqvae-ema_vq", "gpt", "rbm"])
-def test_a_compiled_model_trains_alike_and_is_saved_under_the_same_names(model, tmp_path):
-    compiled = train(model, tmp_path / "compiled", replace(CONFIG, compile=True))
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("model", ["vqvae-ema_vq", "vqvae2", "dvaepp", "gpt", "rbm"])
+def test_a_compiled_model_trains_alike_and_is_saved_under_the_same_names(model, mode, tmp_path):
+    compiled = train(model, tmp_path / "compiled", replace(CONFIG, compile=True, compile_mode=mode))
     plain = train(model, tmp_path / "plain")
     assert compiled.weights.keys() == plain.weights.keys()
-    assert compiled.metrics["nll"] == pytest.approx(plain.metrics["nll"], rel=1e-3)
+    # the compiler's random numbers are its own
+    assert compiled.metrics["nll"] == pytest.approx(plain.metrics["nll"], rel=0.02 if model == "dvaepp" else 1e-3)
