@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from pipelines.classifier import classifier_features
 from pipelines.codebook_pictures import position_entropy, save_codebook_pictures
 from pipelines.features import MOST_KEPT, FeatureNetwork, feature_statistics, frechet_distance, reference_of
-from pipelines.image_quality import copying, draw_samples, nearest_images, sample_metrics, save_neighbours
+from pipelines.image_quality import (
+    class_agreement,
+    copying,
+    draw_samples,
+    nearest_images,
+    sample_metrics,
+    save_neighbours,
+)
 from pipelines.likelihood import evaluate_likelihood, log_likelihoods, log_partition_metrics, standard_error
 from pipelines.metrics import NotMeasurableError
 from pipelines.ood import auroc, load_other
@@ -22,9 +29,9 @@ from pipelines.protocol import pixels_of, versions
 from pipelines.reconstruction import SSIM_WINDOW, Reconstructions, reconstruct
 from tokenizer.registry import nearest_known
 
-GROUPS = ("likelihood", "reconstruction", "codebook", "samples", "memorisation")
+GROUPS = ("likelihood", "reconstruction", "codebook", "samples", "memorisation", "local")
 # Of these, what compares with the images that the model was trained on
-NEED_TRAINING_IMAGES = ("reconstruction", "samples", "memorisation")
+NEED_TRAINING_IMAGES = ("reconstruction", "samples", "memorisation", "local")
 ENCODED = "mode of q(codes | image)"
 EIGHT_BITS = "means of p(x | codes), rounded to 8 bits"
 
@@ -57,6 +64,7 @@ def evaluate(
     - memorisation: nearest_train_sample and nearest_train_held_out, the mean distance (of pixels in [0, 1]) of samples
       and of reconstructions of held-out images to the nearest training image, and `copying`; a picture of samples,
       each above its nearest training images.
+    - local: of a decoder that draws latents of its own, see `class_agreement`.
     - ood_auroc_NAME for each other data set: see `pipelines.ood.auroc`.
 
     The features are Inception's where its weights are given. Else they are those of a small classifier that is trained
@@ -70,7 +78,7 @@ def evaluate(
             samples nor memorisation are measured, nor is a classifier trained.
         metrics: the groups to measure; None is all that can be had.
         num_draws: draws of codes per image for the bound, where the encoder is stochastic.
-        num_samples: samples drawn for the last two groups.
+        num_samples: samples drawn for the last three groups.
         batch_size: images computed at a time.
         seed: of draws, samples and the classifier. Torch's own generators are left as they were.
         inception_weights, lpips_weights: a safetensors file or "download"; see `pipelines.pretrained`.
@@ -91,6 +99,8 @@ def evaluate(
     others = {name: load_other(name, images) for name in ood}
     lpips_parts = lpips_network(lpips_weights, device=pipeline.device) if lpips_weights else None
     inception = inception_features(inception_weights, device=pipeline.device) if inception_weights else None
+    if metrics is None and not pipeline.tokenizer.has_local_latents:
+        chosen.remove("local")  # a reason why it is missing would only be noise
     measure = Evaluation(
         pipeline, images, train_images, chosen, num_draws, num_samples, batch_size, seed, inception, lpips_parts,
         folder, cache,
@@ -259,6 +269,22 @@ class Evaluation:
             path = save_neighbours(samples, neighbours, self.train_images, self.folder / "nearest_training_images.png")
             self.pictures[path.stem] = path.name
 
+    def local(self) -> None:
+        if not self.pipeline.tokenizer.has_local_latents:
+            raise NotMeasurableError("the decoder draws no latents of its own: equal codes give equal images")
+        if self._classifier is None:
+            raise NotMeasurableError("images are compared by their class, see fid_classifier")
+        num_pairs = self.num_samples // 2
+        self.add(
+            "local",
+            class_agreement(self.pipeline, self._classifier, num_pairs, **self._options),
+            data=self.train_images.identity,
+            features=self._classifier.protocol,
+            num_pairs=num_pairs,
+            sampling="temperature 1, no guidance, classes equally often",
+            pixels=EIGHT_BITS,
+        )
+
     def out_of_distribution(self, name: str, other) -> None:
         outside = log_likelihoods(self.pipeline, other, num_draws=self.num_draws, **self._options).bound
         metrics = {f"ood_auroc_{name}": auroc(self._bounds, outside), f"ood_nats_{name}": -outside.mean().item()}
@@ -285,6 +311,10 @@ class Evaluation:
         if self.inception is not None:
             return self.inception
         self.not_measured["fid"] = "it needs inception_weights: a safetensors file or 'download'"
+        return self._classifier
+
+    @cached_property
+    def _classifier(self) -> FeatureNetwork | None:
         with self.attempt("fid_classifier"):
             if self.train_images is None:
                 raise NotMeasurableError("a classifier of the data set is trained on its training images; give them")

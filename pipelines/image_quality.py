@@ -1,13 +1,16 @@
 """How near samples are to a data set, and whether they are copies of the training images."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pipelines.batches import derived_seed
 from pipelines.classifier import at_most
+from pipelines.drawing import decode_codes, one_generator_each
 from pipelines.features import (
     FeatureNetwork,
     Reference,
@@ -20,6 +23,7 @@ from pipelines.features import (
 )
 from pipelines.metrics import NotMeasurableError
 from pipelines.pictures import save_grid
+from prior.base import Codes
 
 # Distances are taken of images averaged down to this side: a copy that is off by a pixel is still near
 LARGEST_SIDE = 32
@@ -28,9 +32,13 @@ NUM_NEIGHBOURS = 3
 NUM_SHOWN = 8
 
 
-def draw_samples(pipeline, num_samples: int, *, batch_size: int, seed: int) -> Tensor:
+def draw_samples(
+    pipeline, num_samples: int, *, batch_size: int, seed: int, output_type: Literal["pt", "codes"] = "pt"
+) -> Tensor | Codes:
     """Images (N, C, H, W) in [0, 1] of the model's own distribution: temperature 1, no guidance, any class alike.
 
+    Args:
+        output_type: "pt", or "codes" for those of the images.
     Raises:
         NotMeasurableError: the prior is conditional on captions.
     """
@@ -39,7 +47,34 @@ def draw_samples(pipeline, num_samples: int, *, batch_size: int, seed: int) -> T
             "this prior draws images for captions; samples are measured of priors that need none or a class"
         )
     generator = torch.Generator().manual_seed(derived_seed(seed, "samples"))
-    return pipeline.sample(num_samples, generator=generator, output_type="pt", batch_size=batch_size)
+    return pipeline.sample(num_samples, generator=generator, output_type=output_type, batch_size=batch_size)
+
+
+def class_agreement(
+    pipeline, classifier: FeatureNetwork, num_pairs: int, *, batch_size: int, seed: int
+) -> dict[str, float]:
+    """How much the codes say of the class, where the decoder draws latents of its own.
+
+    The share of pairs of images with the same codes that a classifier of the data set takes for the same class, with
+    its standard error, and that of pairs with codes drawn one by one: what chance gives.
+
+    Raises:
+        NotMeasurableError: the prior is conditional on captions.
+    """
+    codes = draw_samples(pipeline, num_pairs, batch_size=batch_size, seed=seed, output_type="codes")
+    classes = []
+    for pose in range(2):
+        noise = torch.Generator().manual_seed(derived_seed(seed, "pose", pose))
+        generators = one_generator_each(num_pairs, noise)
+        images = decode_codes(pipeline.tokenizer, codes, generators, batch_size=batch_size)
+        classes.append(extract(classifier, images.split(batch_size))[1].argmax(dim=1))
+    same = (classes[0][:, None] == classes[1]).double()
+    agreement = same.diagonal().mean().item()
+    return {
+        "class_agreement": agreement,
+        "class_agreement_se": math.sqrt(agreement * (1 - agreement) / num_pairs),
+        "class_agreement_by_chance": (same.sum() - same.trace()).item() / (num_pairs * (num_pairs - 1)),
+    }
 
 
 def sample_metrics(

@@ -45,9 +45,9 @@ class Options:
         output: folder of the comparison; default runs/NAME of the entries file, or runs/comparison.
         title: of the page; default that of the entries file, or the name of the output folder.
         split: which images are evaluated.
-        metrics: groups to measure, of likelihood, reconstruction, codebook, samples, memorisation; default all.
+        metrics: groups to measure, of likelihood, reconstruction, codebook, samples, memorisation, local; default all.
         num_draws: draws of codes per image for the bound, where the encoder is stochastic.
-        num_samples: samples drawn for samples and memorisation.
+        num_samples: samples drawn for samples, memorisation and local.
         inception_weights: safetensors file for FID, or download.
         lpips_weights: safetensors file of AlexNet for LPIPS, or download.
         cache: folder where reference statistics and classifiers are kept.
@@ -61,7 +61,7 @@ class Options:
     output: str | None = None
     title: str | None = None
     split: ImageSplit = "test"
-    metrics: list[Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation"]] | None = None
+    metrics: list[Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation", "local"]] | None = None
     num_draws: int = 1
     num_samples: int = 1000
     inception_weights: str | None = None

@@ -41,9 +41,9 @@ class Options:
     Args:
         run: run folder; default the newest pipeline under runs/.
         split: which images.
-        metrics: groups to measure, of likelihood, reconstruction, codebook, samples, memorisation; default all.
+        metrics: groups to measure, of likelihood, reconstruction, codebook, samples, memorisation, local; default all.
         num_draws: draws of codes per image for the bound, where the encoder is stochastic.
-        num_samples: samples drawn for samples and memorisation.
+        num_samples: samples drawn for samples, memorisation and local.
         ood: other data sets to tell from this one by log p(x): noise, a torchvision name (in data.root), or a folder.
         inception_weights: safetensors file for FID, or download.
         lpips_weights: safetensors file of AlexNet for LPIPS, or download.
@@ -55,7 +55,7 @@ class Options:
 
     run: str | None = None
     split: ImageSplit = "test"
-    metrics: list[Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation"]] | None = None
+    metrics: list[Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation", "local"]] | None = None
     num_draws: int = 1
     num_samples: int = 1000
     ood: list[str] | str | None = None

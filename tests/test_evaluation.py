@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from pipelines.features import (
     precision_recall,
     reference_of,
 )
-from pipelines.image_quality import copying, nearest_images, sample_metrics
+from pipelines.image_quality import class_agreement, copying, nearest_images, sample_metrics
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics import NotMeasurableError
 from pipelines.ood import NoiseImages, auroc, load_other
@@ -564,6 +565,60 @@ def test_a_likelihood_without_log_z_is_missing_with_its_reason_and_the_rest_is_t
     assert result["metrics"]["perplexity"] >= 1
     with pytest.raises(ValueError, match="nothing could be measured: samples are compared with the training images"):
         evaluate(pipeline, digits("test"), metrics=["memorisation"])
+
+
+class Poses(torch.nn.Module):
+    """A tokenizer whose code is the class, and whose images are those of the class, drawn anew each time."""
+
+    has_local_latents = True
+
+    def __init__(self, images, faithful: float):
+        super().__init__()
+        batch = images.__getitems__(range(len(images)))
+        self.images, self.labels, self.faithful = batch["image"], batch["label"], faithful
+
+    def decode(self, codes, generators):
+        drawn = []
+        for label, generator in zip(codes[0][:, 0], generators):
+            faithful = torch.rand((), generator=generator) < self.faithful
+            among = (self.labels == label).nonzero()[:, 0] if faithful else torch.arange(len(self.labels))
+            drawn.append(among[torch.randint(len(among), (), generator=generator)])
+        return self.images[torch.stack(drawn)]
+
+
+@pytest.mark.parametrize("faithful", [0.0, 0.5, 1.0])
+def test_class_agreement_is_that_of_images_with_the_same_codes(faithful, folder):
+    images = digits("train")
+    classifier, _ = classifier_features(images, digits("test"), device=CPU, cache=folder / "cache")
+    labels = images.__getitems__(range(len(images)))["label"]
+
+    class Model:
+        tokenizer, prior = Poses(images, faithful), SimpleNamespace(conditional_on_text=False)
+
+        def sample(self, num_images, generator, output_type, batch_size):
+            assert output_type == "codes"
+            return (labels[torch.randint(len(labels), (num_images, 1), generator=generator)],)
+
+    found = class_agreement(Model(), classifier, 400, batch_size=128, seed=0)
+    chance = (labels.bincount() / len(labels)).square().sum().item()
+    expected = faithful**2 + (1 - faithful**2) * chance  # both keep to their class, or at least one does not
+    error = found["class_agreement_se"]
+    assert error == pytest.approx(math.sqrt(expected * (1 - expected) / 400), abs=0.006)
+    assert found["class_agreement"] == pytest.approx(expected, abs=0.03 + 3 * error)  # the classifier errs too
+    assert found["class_agreement_by_chance"] == pytest.approx(chance, abs=0.02)
+
+
+def test_local_latents_are_measured_where_there_are_some():
+    options = {**tiny.TOKENIZERS["dvaepp"], "image_shape": (1, 8, 8), "likelihood": {"type": "normal"}}
+    network = {"type": "conv", **tiny.LATENT_NETWORKS["conv"]}
+    pipeline = Pipeline(build_tokenizer({"type": "dvaepp", **options, "network": network}))
+    result = evaluate(pipeline, digits("test"), digits("train"), metrics=["local"], num_samples=20)
+    assert result["groups"]["local"] == ["class_agreement", "class_agreement_se", "class_agreement_by_chance"]
+    assert result["protocol"]["local"]["num_pairs"] == 10
+    with pytest.raises(ValueError, match="nothing could be measured: the decoder draws no latents of its own"):
+        evaluate(make(), digits("test"), digits("train"), metrics=["local"])
+    with pytest.raises(ValueError, match="images are compared by their class"):
+        evaluate(pipeline, digits("test"), metrics=["local"])
 
 
 def test_codes_that_are_real_numbers_have_no_codebook():
