@@ -124,7 +124,7 @@ class Norm:
 
 
 class Product:
-    """x W^T of x (B, in) and W (out, in): the plain form, for whatever torch was built without."""
+    """x W^T of x (B, in) and W (out, in): the plain form."""
 
     def __init__(self, weight: Tensor):
         self.weight = weight
@@ -133,13 +133,13 @@ class Product:
         return F.linear(x, self.weight)
 
     def times_plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return self.times(x) + other
+        return self.times(x).add_(other)
 
     def times_multiplied(self, x: Tensor, other: Tensor) -> Tensor:
-        return self.times(x) * other
+        return self.times(x).mul_(other)
 
     def swish_times(self, x: Tensor) -> Tensor:
-        return F.silu(self.times(x))
+        return F.silu(self.times(x), inplace=True)
 
 
 class Transposed(Product):
@@ -159,7 +159,10 @@ class Transposed(Product):
 
 
 class Packed(Product):
-    """For more rows: oneDNN's own layout, which a plain product makes anew at each call; and what follows is fused."""
+    """For more rows: oneDNN's own layout, and what follows is fused.
+
+    On Intel's processors torch's plain products, which are MKL's, are as fast, and copying the weights is time lost.
+    """
 
     def __init__(self, weights: list[Tensor], rows: int):
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))
@@ -182,9 +185,14 @@ def product(weights: list[Tensor], rows: int) -> Product:
     if rows <= 2:
         return Transposed(weights)
     # what torch.compile packs weights with; not every build has it
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return Packed(weights, rows)
-    return Product(_joined(weights))
+    packs = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return Packed(weights, rows) if packs and not on_intel() else Product(_joined(weights))
+
+
+def on_intel() -> bool:
+    """Whether this is one of Intel's processors; False where torch is too old to tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "Intel" in capabilities.get("cpu_name", "")
 
 
 def _joined(weights: list[Tensor]) -> Tensor:

@@ -45,6 +45,14 @@ def test_a_cache_that_grows_by_any_length_gives_the_logits_of_the_whole_pass(pos
         check(make(positions, num_classes=3), torch.arange(batch) % 3)
 
 
+@pytest.mark.parametrize(("intel", "form"), [(True, gpt_decoder.Product), (False, gpt_decoder.Packed)])
+def test_every_form_of_products_gives_the_logits_of_the_whole_pass(intel, form, monkeypatch):
+    monkeypatch.setattr(gpt_decoder, "on_intel", lambda: intel)
+    check(make("rotary_2d", num_classes=3), torch.arange(5) % 3)
+    used = {type(getattr(layer, name)) for layer in decoder(5).layers for name in ("gate", "up", "down", "out")}
+    assert used == {form} or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 @pytest.mark.parametrize("growth", [1, 2, 3, 50])
 def test_a_prefix_of_several_tokens_reaches_a_cache_that_grows(growth, monkeypatch):
     monkeypatch.setattr(gpt_decoder, "GROWTH", growth)
