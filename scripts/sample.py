@@ -5,7 +5,7 @@ python scripts/sample.py --run user/name --class_labels '[3, 7]' --output three_
 python scripts/sample.py --run runs/scenes-vqvae --prompts "a three left of a seven" --guidance_scale 2
 python scripts/sample.py --class_grid true --guidance_scale 3 --guidance_schedule linear --min_p 0.05
 python scripts/sample.py --num_images 16 --columns 4 --animation codes.gif
-python scripts/sample.py --run runs/mnist-dvaepp-conv --resample local
+python scripts/sample.py --run runs/mnist-dvaepp --resample local
 accelerate launch scripts/sample.py --num_images 1024 --columns 32
 
 Several processes share the images; image i is the same on any number of them.
