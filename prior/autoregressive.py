@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prior.base import PADDING, Codes, Prior, PriorConfig, Sampled, check_fraction
-from prior.sampling import draw, final_logits
+from prior.sampling import draw, final_logits, log_prob_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,30 +96,44 @@ class AutoregressivePrior(Prior):
         )
 
     def _sample(self, *arguments) -> Codes:
-        return self._sample_by_steps(*arguments, None).codes
+        return self._sample_by_steps(*arguments, None, with_log_prob=False).codes
 
-    def _sample_by_steps(self, num_samples, labels, options, noise, given, callback, codes_callback) -> Sampled:
-        uniform = noise.uniform(self.spec.length)
+    def _sample_by_steps(self, *arguments, with_log_prob: bool = True) -> Sampled:
+        # operations start a tenth sooner there, which for few images is most of what they cost
+        with torch.inference_mode():
+            drawn = self._draw_by_steps(*arguments, with_log_prob)
+        # nothing that a caller gets may come from there: such tensors are barred from autograd
+        return Sampled(tuple(level.clone() for level in drawn.codes), drawn.log_prob.clone())
+
+    def _draw_by_steps(
+        self, num_samples, labels, options, noise, given, callback, codes_callback, with_log_prob
+    ) -> Sampled:
+        """The codes, and the sum of their log-probabilities, or 0 without `with_log_prob`."""
+        uniform = noise.uniform(self.spec.length).unbind(1)
         classes = self.classes(labels, torch.empty(num_samples, dtype=torch.int64, device=noise.device))
         if options.guided:
             # one pass of twice the batch: with the label, and without
             classes = torch.cat([classes, self.null_classes(classes)])
         copies, length = len(classes) // num_samples, self.spec.length
         if given is not None:
-            fixed, known = self.spec.flatten(given[0]), self.spec.flatten(given[1])
-        steps, codes, log_probs, sent = self.steps(classes), [], [], None
+            fixed, known = (self.spec.flatten(part).unbind(1) for part in given)
+        steps, codes, sent = self.steps(classes), [], None
+        log_prob = torch.zeros(num_samples, device=noise.device)
         for i in range(length):
-            code, log_prob = draw(final_logits(steps.send(sent), options, i, length), uniform[:, i])
+            logits = final_logits(steps.send(sent), options, i, length)
+            code = draw(logits, uniform[i])
             if given is not None:
-                code = torch.where(known[:, i], fixed[:, i], code)
-                log_prob = log_prob.masked_fill(known[:, i], 0.0)
+                code = torch.where(known[i], fixed[i], code)
+            if with_log_prob:
+                added = log_prob_of(code, logits)
+                log_prob += added if given is None else added.masked_fill(known[i], 0.0)
             codes.append(code)
-            log_probs.append(log_prob)
             sent = code if copies == 1 else code.repeat(copies)
             callback(i + 1, length)
             if codes_callback is not None:
-                codes_callback(*self._so_far(codes, given))
-        return Sampled(self.spec.unflatten(torch.stack(codes, dim=1)), torch.stack(log_probs, dim=1).sum(dim=1))
+                with torch.inference_mode(False), torch.no_grad():
+                    codes_callback(*self._so_far(codes, given))
+        return Sampled(self.spec.unflatten(torch.stack(codes, dim=1)), log_prob)
 
     def _so_far(self, codes: list[Tensor], given) -> tuple[Codes, Codes]:
         """What `codes_callback` is told: the first codes of the sequence and those that are given."""

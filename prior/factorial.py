@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from prior.base import Codes, Prior, PriorConfig, Sampled
-from prior.sampling import draw, filter_logits
+from prior.sampling import draw, filter_logits, log_prob_of
 
 
 class Factorial(Prior):
@@ -49,8 +49,9 @@ class Factorial(Prior):
     def _sample_by_steps(self, num_samples, labels, options, noise, given, callback, codes_callback) -> Sampled:
         drawn = []
         for table, n in zip(self.log_probs(labels), self.spec.lengths):
-            logits, uniform = filter_logits(table, options).expand(num_samples, -1, -1), noise.uniform(n)
-            drawn.append(draw(logits.flatten(0, 1), uniform.flatten()))
+            logits = filter_logits(table, options).expand(num_samples, -1, -1).flatten(0, 1)
+            code = draw(logits, noise.uniform(n).flatten())
+            drawn.append((code, log_prob_of(code, logits)))
         codes, log_probs = (
             tuple(part.view(num_samples, *shape) for part, shape in zip(parts, self.spec.shapes))
             for parts in zip(*drawn)

@@ -104,7 +104,7 @@ class GaussianMixture(Prior):
             fixed, known = (self._numbers(part) for part in given)
             log_normals = log_normal(fixed.float().unsqueeze(1), means, log_stds)
             weights = weights + (log_normals * known.unsqueeze(1)).sum(dim=2)
-        component, _ = draw(filter_logits(weights, options), uniform)
+        component = draw(filter_logits(weights, options), uniform)
         z = means[component] + options.temperature * log_stds[component].exp() * normal
         if given is not None:
             z = torch.where(known, fixed.float(), z)

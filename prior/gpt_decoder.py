@@ -10,6 +10,9 @@ from torch import Tensor, nn
 # so there are never many of them. What has few rows (batch x heads) stays in the processor's cache and does not mind.
 GROWTH, ROWS_THAT_GROW = 64, 64
 
+# From so many rows on, MKL's products with transposed weights win back the time that transposing them takes.
+MANY_ROWS = 32
+
 
 class Decoder:
     """`Transformer.forward` of the newest tokens, with the same result up to rounding, for a batch of fixed size.
@@ -143,11 +146,13 @@ class Product:
 
 
 class Transposed(Product):
-    """For one or two rows: the weight is read in the order of the output, a quarter faster than row by row."""
+    """The weight is read in the order of the output, which MKL is made for: for one or two rows, and for many."""
 
     def __init__(self, weights: list[Tensor]):
         sizes = [len(weight) for weight in weights]
-        super().__init__(torch.empty(weights[0].shape[1], sum(sizes)))
+        # rows that lie a multiple of some KB apart compete for the same places of a processor's cache
+        padding = 16 if sum(sizes) % 256 == 0 else 0
+        super().__init__(torch.empty(weights[0].shape[1], sum(sizes) + padding)[:, : sum(sizes)])
         for part, weight in zip(self.weight.split(sizes, dim=1), weights):
             part.copy_(weight.T)
 
@@ -161,7 +166,7 @@ class Transposed(Product):
 class Packed(Product):
     """For more rows: oneDNN's own layout, and what follows is fused.
 
-    On Intel's processors torch's plain products, which are MKL's, are as fast, and copying the weights is time lost.
+    On Intel's processors MKL's products, which are torch's own, are as fast or faster.
     """
 
     def __init__(self, weights: list[Tensor], rows: int):
@@ -182,7 +187,7 @@ class Packed(Product):
 
 def product(weights: list[Tensor], rows: int) -> Product:
     """The fastest form of a product of `rows` rows with the weights (out, in), joined along out."""
-    if rows <= 2:
+    if rows <= 2 or (rows >= MANY_ROWS and on_intel()):
         return Transposed(weights)
     # what torch.compile packs weights with; not every build has it
     packs = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

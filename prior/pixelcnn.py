@@ -3,6 +3,7 @@
 from collections.abc import Generator
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -97,7 +98,9 @@ class GatedPixelCNN(LevelNetwork):
         return self.head(horizontal)
 
     def steps(self, condition: Tensor) -> Generator[Tensor, Tensor, Tensor]:
-        return Steps(self, condition).codes()
+        codes = Steps(self, condition).codes
+        # to keep gradients off costs every step, also where they are off
+        return torch.no_grad()(codes)() if torch.is_grad_enabled() else codes()
 
 
 class PixelCNN(LevelwisePrior):

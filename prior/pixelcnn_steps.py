@@ -43,9 +43,11 @@ class Steps:
         outputs = [*(layer.places for layer in self.layers[1:]), [self.features] * self.width]
         self.columns = list(zip(*(layer.columns(places) for layer, places in zip(self.layers, outputs))))
 
-    @torch.no_grad()
     def codes(self) -> Generator[Tensor, Tensor, Tensor]:
-        """Yields the logits (B, K) of each code in raster order, is sent the codes (B,), returns the map (B, h, w)."""
+        """Yields the logits (B, K) of each code in raster order, is sent the codes (B,), returns the map (B, h, w).
+
+        Without gradients, which what is written in place cannot have.
+        """
         codes, (first, *later) = [], self.layers
         for condition in self.condition:
             self.older.copy_(self.newer.clone())

@@ -48,6 +48,11 @@ class SamplingOptions:
             object.__setattr__(self, "guidance_schedule", "constant")
 
     @property
+    def filtering(self) -> bool:
+        """Whether anything but guidance changes the distribution."""
+        return self.temperature != 1 or self.top_k is not None or self.top_p is not None or self.min_p is not None
+
+    @property
     def guided(self) -> bool:
         """Whether the logits without the condition are needed; true even where some positions have scale 1."""
         return self.guidance_scale != 1
@@ -108,9 +113,11 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
 
     Codes that are filtered out get minus infinity; at least one code is kept. Codes that tie with the last one kept are
     kept too, so that the result does not depend on a device's order of sorting; of equal codes, temperature 0 takes the
-    first.
+    first. A constant may have been subtracted.
     """
     logits = logits.float()
+    if not options.filtering:
+        return logits
     # the largest is 0 from here on, so a small temperature sends the others to -inf and never overflows
     logits = logits - logits.amax(-1, keepdim=True)
     if options.temperature <= torch.finfo(torch.float32).tiny:
@@ -136,8 +143,8 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (B,) from logits (B, K) and noise (B,) in [0, 1], and their log-probabilities (B,) in nats.
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Codes (B,) from logits (B, K) and noise (B,) in [0, 1 - 2^-24], the range of `torch.rand`.
 
     By the inverse of the cumulative distribution: the same noise gives the same codes on every device, up to rounding,
     unlike `torch.multinomial`; a code of probability zero is never drawn.
@@ -145,12 +152,15 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     probabilities = logits.float().softmax(-1)
     # impossible codes stay at 0 and cannot be the first to exceed the target; that a parallel cumsum need not be
     # monotone does not matter either, because the target lies below the largest value
-    cumulative = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0.0)
-    largest = cumulative.amax(-1, keepdim=True)
-    # u (1 - 2^-24) rounds to less than its other factor in float32, also for u = 1
-    target = uniform[:, None].float().clamp(max=1 - 2**-24) * largest
-    codes = (cumulative > target).int().argmax(-1)  # the first
-    return codes, probabilities.gather(-1, codes[:, None])[:, 0].log()
+    cumulative = probabilities.cumsum(-1).masked_fill_(probabilities == 0, 0.0)
+    # u (1 - 2^-24) rounds to less than its other factor in float32
+    target = cumulative.amax(-1, keepdim=True).mul_(uniform[:, None])
+    return (cumulative > target).int().argmax(-1)  # the first
+
+
+def log_prob_of(codes: Tensor, logits: Tensor) -> Tensor:
+    """Log-probabilities (B,), in nats, of codes (B,) of the distributions that logits (B, K) stand for."""
+    return logits.float().log_softmax(-1).gather(-1, codes[:, None])[:, 0]
 
 
 class ImageNoise:

@@ -45,11 +45,20 @@ def test_a_cache_that_grows_by_any_length_gives_the_logits_of_the_whole_pass(pos
         check(make(positions, num_classes=3), torch.arange(batch) % 3)
 
 
-@pytest.mark.parametrize(("intel", "form"), [(True, gpt_decoder.Product), (False, gpt_decoder.Packed)])
-def test_every_form_of_products_gives_the_logits_of_the_whole_pass(intel, form, monkeypatch):
+@pytest.mark.parametrize(
+    ("intel", "batch", "form"),
+    [
+        (True, 2, gpt_decoder.Transposed),
+        (True, 5, gpt_decoder.Product),
+        (True, 32, gpt_decoder.Transposed),
+        (False, 2, gpt_decoder.Transposed),
+        (False, 32, gpt_decoder.Packed),
+    ],
+)
+def test_every_form_of_products_gives_the_logits_of_the_whole_pass(intel, batch, form, monkeypatch):
     monkeypatch.setattr(gpt_decoder, "on_intel", lambda: intel)
-    check(make("rotary_2d", num_classes=3), torch.arange(5) % 3)
-    used = {type(getattr(layer, name)) for layer in decoder(5).layers for name in ("gate", "up", "down", "out")}
+    check(make("rotary_2d", num_classes=3, ffn_dim=256), torch.arange(batch) % 3)
+    used = {type(getattr(layer, name)) for layer in decoder(batch).layers for name in ("gate", "up", "down", "out")}
     assert used == {form} or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -350,6 +350,18 @@ def test_the_callback_sees_codes_arrive_in_their_order(name):
 
 
 @pytest.mark.parametrize("name", PRIORS)
+def test_what_is_drawn_can_be_used_in_training(name):
+    prior, told = build(name, tiny.SPECS["bits"]), []
+    drawn = list(prior.sample(2))
+    if {"return_log_prob", "codes_callback"} <= prior.sampling_options:
+        codes, log_prob = prior.sample(2, return_log_prob=True, codes_callback=lambda *state: told.extend(state))
+        drawn += [*codes, log_prob, *(level for levels in told for level in levels)]
+    for tensor in drawn:  # inference mode's tensors cannot be saved for a backward pass, nor written to
+        (tensor.float() * torch.ones(1, requires_grad=True)).sum().backward()
+        tensor.zero_()
+
+
+@pytest.mark.parametrize("name", PRIORS)
 def test_progress_ends_at_the_total(name):
     prior, calls = build(name, tiny.SPECS["bits"]), []
     prior.sample(2, callback=lambda done, total: calls.append((done, total)))
@@ -424,7 +436,7 @@ def test_the_cached_sample_equals_that_of_a_loop_over_full_passes(variant, scale
         first, second = ([z for level in logits for z in level.unbind(1)][i] for logits in both)
         stacked = first if scale == 1 else torch.cat([first, second])
         options = SamplingOptions(top_k=3, guidance_scale=scale, guidance_schedule="linear")
-        sequence[:, i], _ = draw(final_logits(stacked, options, i, LARGER.length), uniform[:, i])
+        sequence[:, i] = draw(final_logits(stacked, options, i, LARGER.length), uniform[:, i])
     generator = torch.Generator().manual_seed(5)
     sampled = prior.sample(n, labels, top_k=3, guidance_scale=scale, guidance_schedule="linear", generator=generator)
     assert LARGER.flatten(sampled).equal(sequence)
