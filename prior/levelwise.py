@@ -1,9 +1,10 @@
 """One network per level of codes, each conditioned on the coarser levels: prod_l p(c_l | c_<l, label)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -98,15 +99,26 @@ class Condition(nn.Module):
         return x
 
 
-def pointwise(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """(B, out) from x (B, in): 1x1 convolutions and what is between them, at one position.
+def product(conv: nn.Conv2d) -> Callable[[Tensor], Tensor]:
+    """The convolution of single windows, flattened: (B, out) from (B, in * height * width), as a matrix product.
 
-    As matrix products they take a third of the time that convolutions of a single position take.
+    For few of them this takes a third of the time that the convolution takes. The weight is copied, since products are
+    faster with its transpose.
     """
-    for layer in layers:
-        is_convolution = isinstance(layer, nn.Conv2d)
-        x = F.linear(x, layer.weight.flatten(1), layer.bias) if is_convolution else layer(x)
-    return x
+    bias, weight = conv.bias, conv.weight.flatten(1).T.contiguous()
+    return lambda x: torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+class Pointwise:
+    """1x1 convolutions and what is between them, at one position: (B, out) from (B, in)."""
+
+    def __init__(self, *layers: nn.Module):
+        self.layers = [product(layer) if isinstance(layer, nn.Conv2d) else layer for layer in layers]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
 
 class ResidualBlock(nn.Module):

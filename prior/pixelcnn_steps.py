@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prior.levelwise import pointwise
+from prior.levelwise import Pointwise
 
 
 class Steps:
@@ -25,7 +25,7 @@ class Steps:
     """
 
     def __init__(self, network: nn.Module, condition: Tensor):
-        self.network, (batch, dim, self.height, self.width) = network, condition.shape
+        batch, dim, self.height, self.width = condition.shape
         self.condition = condition.permute(2, 3, 0, 1).flatten(1, 2)  # (h, w B, D)
         layers, reach, new = network.layers, network.reach, condition.new_zeros
         # features of the rows above, the newest last
@@ -41,6 +41,8 @@ class Steps:
         self.condition_weights = torch.stack([layer.condition.weight.flatten(1).T for layer in layers])
         self.features = new(batch, dim)  # of the last layer
         outputs = [*(layer.places for layer in self.layers[1:]), [self.features] * self.width]
+        self.embedding = network.embedding.weight
+        self.head = Pointwise(*network.head)
         self.columns = list(zip(*(layer.columns(places) for layer, places in zip(self.layers, outputs))))
 
     def codes(self) -> Generator[Tensor, Tensor, Tensor]:
@@ -60,9 +62,9 @@ class Steps:
             for column, place in zip(self.columns, first.embedded):
                 for take in column:
                     take()
-                code = yield pointwise(self.network.head, self.features + self.shift)
+                code = yield self.head(self.features + self.shift)
                 codes.append(code)
-                place.copy_(self.network.embedding(code))
+                torch.index_select(self.embedding, 0, code, out=place)
         return torch.stack(codes, dim=1).unflatten(1, (self.height, self.width))
 
 
