@@ -543,9 +543,9 @@ class CodeDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> dict[str, Codes | Tensor]:
         """A whole batch: codes (B, *shape) per level, label (B,), text (B, T) if captions were tokenized."""
-        if set(map(type, keys)) != {int}:
-            keys = [key[0] if isinstance(key, (tuple, list)) else key for key in keys]
         rows = np.array(keys, dtype=np.int64)
+        if rows.ndim == 2:  # (index, epoch)
+            rows = rows[:, 0]
         if rows.min() < 0 or rows.max() >= self.count:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {self.count}")
         *codes, labels = (torch.from_numpy(array.take(rows, axis=0).astype(np.int64)) for array in self._arrays)

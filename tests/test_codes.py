@@ -424,9 +424,9 @@ def test_folder_without_a_store_says_what_to_run(tmp_path):
         CodeDataset(tmp_path)
 
 
-def test_items_batches_and_loaders_agree(finished):
+@pytest.mark.parametrize("keys", [[7, 3, 32, 7], [(7, 0), (3, 5), (32, 1), (7, 0)]], ids=["rows", "rows and epochs"])
+def test_items_batches_and_loaders_agree(finished, keys):
     store = CodeDataset(finished)
-    keys = [7, (3, 5), 32, 7]
     whole = store.__getitems__(keys)
     single = store.collate([store[key] for key in keys])
     with warnings.catch_warnings():
