@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Vectors x entries of a tile of distances. On the CPU 1 MB stays in the cache between the product and the argmin, and
-# both sides are long enough for the product to run at full rate: the search takes the time of the products alone.
+# Vectors x entries of a tile of distances. On the CPU 1 MB of each thread's stays in the cache between the product and
+# the argmin, and both sides are long enough for the product to run at full rate.
 # Elsewhere launches dominate, all entries come at once, and 64 MB is still nothing.
 CPU_TILE, CPU_COLUMNS = 2**18, 1024
 DEVICE_TILE = 2**24
@@ -33,7 +33,7 @@ class Search:
         codebook = codebook.detach().float()
         on_cpu = codebook.device.type == "cpu"
         self.columns = min(CPU_COLUMNS, len(codebook)) if on_cpu else len(codebook)
-        self.rows = max(1, (CPU_TILE if on_cpu else DEVICE_TILE) // self.columns)
+        self.rows = max(1, (CPU_TILE * torch.get_num_threads() if on_cpu else DEVICE_TILE) // self.columns)
         # |x - w|^2 / 2 = |x|^2 / 2 + (|w|^2 / 2 - x.w), and the first term is the same for every entry w.
         half_squares = codebook.square().sum(dim=1) / 2
         self.codebook = codebook.contiguous(), half_squares
@@ -57,21 +57,18 @@ class Search:
 
     def _search(self, vectors: Tensor, codes: Tensor) -> None:
         """Writes the codes of at most `rows` vectors, going over the codebook block by block."""
-        for number, (entries, half_squares) in enumerate(self.blocks):
+        minima, places = [], []
+        for entries, half_squares in self.blocks:
             distances = self.tile[: len(vectors) * len(entries)].view(len(vectors), len(entries))
             torch.addmm(half_squares, vectors, entries.T, alpha=-1, out=distances)
-            indices = _row_minima(distances)
-            if len(self.blocks) == 1:
-                codes.copy_(indices)
-                return
-            values = distances.gather(1, indices[:, None])[:, 0]
-            if number == 0:
-                smallest = values
-                codes.copy_(indices)
-            else:
-                nearer = values < smallest  # strictly: of equal ones the first is kept
-                codes.copy_(torch.where(nearer, indices + number * self.columns, codes))
-                smallest = torch.where(nearer, values, smallest)
+            places.append(_row_minima(distances))
+            if len(self.blocks) > 1:
+                minima.append(distances.gather(1, places[-1]))
+        if len(self.blocks) == 1:
+            codes.copy_(places[0][:, 0])
+            return
+        block = torch.cat(minima, dim=1).argmin(dim=1, keepdim=True)  # of equal ones the first
+        codes.copy_((torch.cat(places, dim=1).gather(1, block) + block * self.columns)[:, 0])
 
 
 def _fused_search() -> Callable | None:
@@ -83,8 +80,8 @@ def _fused_search() -> Callable | None:
 
 
 def _row_minima(distances: Tensor) -> Tensor:
-    """The first place of each row's smallest value."""
+    """The first place (N, 1) of each row's smallest value."""
     if distances.device.type != "cpu":
-        return distances.min(dim=1).indices
+        return distances.min(dim=1, keepdim=True).indices
     # torch's argmin reads 4 GB/s on the CPU, NumPy's 50 from the cache
-    return torch.from_numpy(distances.numpy().argmin(axis=1))
+    return torch.from_numpy(distances.numpy().argmin(axis=1, keepdims=True))
