@@ -10,8 +10,9 @@ from torch import Tensor, nn
 # so there are never many of them. What has few rows (batch x heads) stays in the processor's cache and does not mind.
 GROWTH, ROWS_THAT_GROW = 64, 64
 
-# From so many rows on, MKL's products with transposed weights win back the time that transposing them takes.
-MANY_ROWS = 32
+# With so many rows on Intel's processors, and with so few on others, products with transposed weights are so much
+# faster that they win back the time that transposing takes.
+MANY_ROWS, FEW_ROWS = 32, 2
 
 
 class Decoder:
@@ -146,7 +147,7 @@ class Product:
 
 
 class Transposed(Product):
-    """The weight is read in the order of the output, which MKL is made for: for one or two rows, and for many."""
+    """The weight is read in the order of the output."""
 
     def __init__(self, weights: list[Tensor]):
         sizes = [len(weight) for weight in weights]
@@ -164,10 +165,7 @@ class Transposed(Product):
 
 
 class Packed(Product):
-    """For more rows: oneDNN's own layout, and what follows is fused.
-
-    On Intel's processors MKL's products, which are torch's own, are as fast or faster.
-    """
+    """oneDNN's own layout, and what follows is fused."""
 
     def __init__(self, weights: list[Tensor], rows: int):
         super().__init__(torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))
@@ -186,12 +184,17 @@ class Packed(Product):
 
 
 def product(weights: list[Tensor], rows: int) -> Product:
-    """The fastest form of a product of `rows` rows with the weights (out, in), joined along out."""
-    if rows <= 2 or (rows >= MANY_ROWS and on_intel()):
+    """The fastest form of a product of `rows` rows with the weights (out, in), joined along out.
+
+    Where torch's own products are MKL's at its best, on Intel's processors, other forms are hardly worth the copy.
+    """
+    if on_intel():
+        return Transposed(weights) if rows >= MANY_ROWS else Product(_joined(weights))
+    if rows <= FEW_ROWS:
         return Transposed(weights)
     # what torch.compile packs weights with; not every build has it
     packs = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return Packed(weights, rows) if packs and not on_intel() else Product(_joined(weights))
+    return Packed(weights, rows) if packs else Product(_joined(weights))
 
 
 def on_intel() -> bool:
