@@ -60,8 +60,9 @@ class BitDrawer:
         num_words = -(-logits.numel() // 4)
         words = self.words[:num_words].random_(-(2**63), None, generator=self.generator)
         uniform = words.view(torch.int16)[: logits.numel()].view_as(logits)  # -2^15 <= k < 2^15
-        self.rest.uniform_(2**15, 2**15 + 1, generator=self.generator)
-        return torch.lt(uniform, logits.sigmoid_().mul_(2**16).sub_(self.rest), out=out)
+        self.rest.uniform_(2**15, 2**15 + 1, generator=self.generator).neg_()
+        threshold = torch.add(self.rest, logits.sigmoid_(), alpha=2**16, out=logits)
+        return out.copy_(uniform).lt_(threshold)  # of one type: mixed ones are compared one by one
 
 
 class BlockGibbs:
