@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Vectors x entries of a tile of distances. On the CPU 1 MB of each thread's stays in the cache between the product and
@@ -31,13 +32,18 @@ class Search:
 
     def __init__(self, codebook: Tensor):
         codebook = codebook.detach().float()
-        on_cpu = codebook.device.type == "cpu"
-        self.columns = min(CPU_COLUMNS, len(codebook)) if on_cpu else len(codebook)
-        self.rows = max(1, (CPU_TILE * torch.get_num_threads() if on_cpu else DEVICE_TILE) // self.columns)
+        self.on_cpu = codebook.device.type == "cpu"
+        self.columns = min(CPU_COLUMNS, len(codebook)) if self.on_cpu else len(codebook)
+        self.rows = max(1, (CPU_TILE * torch.get_num_threads() if self.on_cpu else DEVICE_TILE) // self.columns)
         # |x - w|^2 / 2 = |x|^2 / 2 + (|w|^2 / 2 - x.w), and the first term is the same for every entry w.
         half_squares = codebook.square().sum(dim=1) / 2
         self.codebook = codebook.contiguous(), half_squares
-        self.blocks = list(zip(codebook.split(self.columns), half_squares.split(self.columns)))
+        if self.on_cpu:
+            # The term joins the product as one more channel, in which vectors are 1: to add it takes a pass more.
+            entries = codebook.new_empty(len(codebook), codebook.shape[1] + 1)
+            torch.neg(codebook, out=entries[:, :-1])
+            entries[:, -1] = half_squares
+            self.blocks = entries.split(self.columns)
         self.tile = codebook.new_empty(0)
         self.fused = _fused_search() if codebook.device.type == FUSED_DEVICE else None
 
@@ -51,17 +57,26 @@ class Search:
             size = min(self.rows, len(vectors)) * self.columns
             if self.tile.numel() < size:
                 self.tile = self.tile.new_empty(size)
+            search = self._search_on_cpu if self.on_cpu else self._search
             for part, found in zip(vectors.float().split(self.rows), codes.split(self.rows)):
-                self._search(part, found)
+                search(part, found)
             return codes
 
     def _search(self, vectors: Tensor, codes: Tensor) -> None:
-        """Writes the codes of at most `rows` vectors, going over the codebook block by block."""
+        """Writes the codes of at most `rows` vectors."""
+        entries, half_squares = self.codebook
+        distances = self._distances(vectors, entries)
+        torch.addmm(half_squares, vectors, entries.T, alpha=-1, out=distances)
+        codes.copy_(distances.min(dim=1).indices)
+
+    def _search_on_cpu(self, vectors: Tensor, codes: Tensor) -> None:
+        """The same, going over the codebook block by block."""
+        vectors = F.pad(vectors, (0, 1), value=1.0)
         minima, places = [], []
-        for entries, half_squares in self.blocks:
-            distances = self.tile[: len(vectors) * len(entries)].view(len(vectors), len(entries))
-            torch.addmm(half_squares, vectors, entries.T, alpha=-1, out=distances)
-            places.append(_row_minima(distances))
+        for entries in self.blocks:
+            distances = torch.mm(vectors, entries.T, out=self._distances(vectors, entries))
+            # torch's argmin reads 4 GB/s on the CPU, NumPy's 50 from the cache
+            places.append(torch.from_numpy(distances.numpy().argmin(axis=1, keepdims=True)))
             if len(self.blocks) > 1:
                 minima.append(distances.gather(1, places[-1]))
         if len(self.blocks) == 1:
@@ -70,6 +85,10 @@ class Search:
         block = torch.cat(minima, dim=1).argmin(dim=1, keepdim=True)  # of equal ones the first
         codes.copy_((torch.cat(places, dim=1).gather(1, block) + block * self.columns)[:, 0])
 
+    def _distances(self, vectors: Tensor, entries: Tensor) -> Tensor:
+        """Where those from `vectors` to `entries` are to be written."""
+        return self.tile[: len(vectors) * len(entries)].view(len(vectors), len(entries))
+
 
 def _fused_search() -> Callable | None:
     try:
@@ -77,11 +96,3 @@ def _fused_search() -> Callable | None:
     except ModuleNotFoundError:
         return None
     return torch.ops.tessera.nearest
-
-
-def _row_minima(distances: Tensor) -> Tensor:
-    """The first place (N, 1) of each row's smallest value."""
-    if distances.device.type != "cpu":
-        return distances.min(dim=1, keepdim=True).indices
-    # torch's argmin reads 4 GB/s on the CPU, NumPy's 50 from the cache
-    return torch.from_numpy(distances.numpy().argmin(axis=1, keepdims=True))
