@@ -49,11 +49,15 @@ class Objective(nn.Module, ABC):
 
 
 class TokenizerLoss(Objective):
-    """A tokenizer's own losses. Values per image: those of `Tokenizer.scores`, mse, psnr (dB)."""
+    """A tokenizer's own losses, its weights laid out for training.
+
+    Values per image: those of `Tokenizer.scores`, mse, psnr (dB).
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
-        self.model = tokenizer
+        # weights like the maps: convolutions otherwise copy them in every pass
+        self.model = tokenizer.to(memory_format=torch.channels_last) if tokenizer.channels_last else tokenizer
         self.train_counts = CodeCounts(tokenizer.spec)
         self.evaluation_counts = CodeCounts(tokenizer.spec)
 

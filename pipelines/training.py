@@ -319,6 +319,8 @@ class _Run:
         for update in self.updates:
             if self.config.compile:
                 update.module.model.compile(mode=self.config.compile_mode)
+            if self.accelerator.distributed_type == DistributedType.FSDP:
+                update.module.to(memory_format=torch.contiguous_format)  # nothing else can be sharded
             with warnings.catch_warnings():
                 # torch's new name for broadcast_buffers is not known to accelerate 1.15
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -716,9 +718,13 @@ def _set_optimizer(update: Update, tensors: dict[str, Tensor], param_groups: lis
         parameter, key = name.rsplit("/", 1)
         state.setdefault(parameter, {})[key] = value
     groups = [{**group, "betas": tuple(group["betas"])} for group in param_groups]
-    set_optimizer_state_dict(
-        update.module, update.optimizer.optimizer, {"state": state, "param_groups": groups}, options=_WHOLE
-    )
+    optimizer = update.optimizer.optimizer
+    set_optimizer_state_dict(update.module, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)
+    # Files know no memory format, and the fused AdamW goes through memory without a look at it
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[key] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
 
 
 def _own_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
@@ -34,6 +35,8 @@ for model in arguments.models:
         }
     update = Update("model", objective, adamw(objective, config))
     fit(accelerator, [update], train_data, validation_data, folder=folder, config=config, resolved={"model": model})
-    tensors = {name: value.clone() for name, value in objective.state_dict().items()}
+    tensors = {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in objective.state_dict().items()
+    }
     save_file(tensors, arguments.folder / f"{model}-process{accelerator.process_index}.safetensors")
 exit_process()

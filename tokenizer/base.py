@@ -64,7 +64,8 @@ class Tokenizer(nn.Module, ABC):
     A subclass sets `Config` and `parts` (which of its configuration's fields are {"type": ...} dicts, and the registry
     that each is built from), and in its constructor `spec` and `prior`. One that is conditional on classes sets
     `num_classes` too: its codes hold the class, its prior is conditional on it, and `forward` takes int64 labels (B,)
-    as a third argument while training.
+    as a third argument while training. One whose feature maps have their channels side by side in memory says so by
+    `channels_last`.
     """
 
     Config: type[TokenizerConfig]
@@ -72,6 +73,7 @@ class Tokenizer(nn.Module, ABC):
     spec: CodeSpec
     prior: Prior
     num_classes: int = 0
+    channels_last: ClassVar[bool] = False
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()

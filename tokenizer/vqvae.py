@@ -59,6 +59,7 @@ class VQVAE(Tokenizer):
     """
 
     Config = VQVAEConfig
+    channels_last = True
     parts: ClassVar = {"network": NETWORKS, "quantizer": QUANTIZERS, "likelihood": LIKELIHOODS}
 
     def __init__(self, config: VQVAEConfig):

@@ -81,6 +81,7 @@ class VQVAE2(Tokenizer):
     """
 
     Config = VQVAE2Config
+    channels_last = True
     parts: ClassVar = {"network": NETWORKS, "quantizer": QUANTIZERS, "likelihood": LIKELIHOODS}
 
     def __init__(self, config: VQVAE2Config):
