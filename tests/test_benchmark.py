@@ -338,6 +338,8 @@ def test_recorded_products_are_those_of_forward_and_backward():
     assert multiplications(lambda: layer(x)) == 2 * 3 * 5
     assert multiplications(lambda: layer(x).sum().backward()) == 2 * 2 * 3 * 5  # x wants no gradient
     assert multiplications(lambda: F.linear(x, layer.weight)) == 2 * 3 * 5
+    with torch.inference_mode():
+        assert multiplications(lambda: F.linear(x, layer.weight)) == 2 * 3 * 5
 
 
 def test_the_floor_of_a_gpt_does_all_its_products_and_no_more():

@@ -121,6 +121,9 @@ class Recorded(TorchDispatchMode):
         self.products: list[tuple] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._can_decompose():  # inference mode hands such operations on whole
+            with self:
+                return function.decompose(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             self.products.append(tuple((tuple(factor.shape), factor.stride()) for factor in args[-2:]))
         return function(*args, **(kwargs or {}))
