@@ -320,7 +320,7 @@ class _Run:
             if self.config.compile:
                 update.module.model.compile(mode=self.config.compile_mode)
             if self.accelerator.distributed_type == DistributedType.FSDP:
-                update.module.to(memory_format=torch.contiguous_format)  # nothing else can be sharded
+                _make_shardable(update.module)
             with warnings.catch_warnings():
                 # torch's new name for broadcast_buffers is not known to accelerate 1.15
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -689,6 +689,17 @@ def _to_device(batch, device: torch.device):
     if isinstance(batch, dict):
         return {key: _to_device(value, device) for key, value in batch.items()}
     return tuple(_to_device(value, device) for value in batch)
+
+
+def _make_shardable(module: nn.Module) -> None:
+    """FSDP takes neither other memory formats nor scalars."""
+    module.to(memory_format=torch.contiguous_format)
+    scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise ValueError(
+            f"FSDP cannot shard a parameter that is one number ({', '.join(scalars)}); launch without --use_fsdp, "
+            "DDP holds the whole model on each device, or take a likelihood without a scale"
+        )
 
 
 # The functions below gather and scatter whole states whether the model is alone, under DDP or sharded by FSDP

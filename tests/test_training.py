@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from pipelines.files import folder_lock, read_json
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import cpu_computes_bf16, end_with_the_launcher, make_accelerator
 from pipelines.objectives import PriorLoss, TokenizerLoss
-from pipelines.training import NonFiniteLossError, TrainingConfig, Update, adamw, evaluate, fit
+from pipelines.training import NonFiniteLossError, TrainingConfig, Update, _make_shardable, adamw, evaluate, fit
 from prior import PRIORS
 from prior.autoregressive import AutoregressivePrior
 from prior.base import CodeSpec
@@ -562,3 +563,25 @@ def test_a_compiled_model_trains_alike_and_is_saved_under_the_same_names(model, 
     assert compiled.weights.keys() == plain.weights.keys()
     # the compiler's random numbers are its own
     assert compiled.metrics["nll"] == pytest.approx(plain.metrics["nll"], rel=0.02 if model == "dvaepp" else 1e-3)
+
+
+# --- sharding -------------------------------------------------------------------------------------------------------
+
+
+def test_what_fsdp_cannot_shard_is_said_before_it_fails(tmp_path, monkeypatch):
+    """FSDP itself needs GPUs: here is what comes before it."""
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(
+        ValueError, match=r"\(model\.likelihood\.scale_parameter\); launch without --use_fsdp"
+    ):
+        train("vqvae", tmp_path)
+
+
+def test_weights_are_laid_out_for_convolutions_and_for_fsdp():
+    objective, _, _ = make("vqvae")
+    weights = [parameter for parameter in objective.parameters() if parameter.dim() == 4]
+    assert len(weights) > 5
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    del objective.model.likelihood.scale_parameter
+    _make_shardable(objective)
+    assert all(parameter.is_contiguous() for parameter in objective.parameters())
