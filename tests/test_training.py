@@ -571,9 +571,7 @@ def test_a_compiled_model_trains_alike_and_is_saved_under_the_same_names(model, 
 def test_what_fsdp_cannot_shard_is_said_before_it_fails(tmp_path, monkeypatch):
     """FSDP itself needs GPUs: here is what comes before it."""
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(
-        ValueError, match=r"\(model\.likelihood\.scale_parameter\); launch without --use_fsdp"
-    ):
+    with pytest.raises(ValueError, match=r"\(model\.likelihood\.scale_parameter\); launch without --use_fsdp"):
         train("vqvae", tmp_path)
 
 
