@@ -4,8 +4,8 @@ import importlib.util
 import pickle
 import shutil
 import tempfile
-from collections import namedtuple
-from collections.abc import Callable
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +96,7 @@ def shuffled(count: int, batch: int) -> list[list[int]]:
 def read_ours(store: Path, batch: int) -> Callable:
     codes = CodeDataset(store)
     order = shuffled(len(codes), batch)
-    return lambda: [codes.__getitems__(rows) for rows in order]
+    return lambda: exhaust(map(codes.__getitems__, order))
 
 
 def read_rosinality(store: Path, count: int, batch: int) -> Callable:
@@ -111,7 +111,12 @@ def read_rosinality(store: Path, count: int, batch: int) -> Callable:
             row = pickle.loads(transaction.get(str(index).encode()))
         return torch.from_numpy(row.top), torch.from_numpy(row.bottom), row.filename
 
-    return lambda: [default_collate([item(index) for index in rows]) for rows in order]
+    return lambda: exhaust(default_collate([item(index) for index in rows]) for rows in order)
+
+
+def exhaust(batches: Iterable) -> None:
+    """One batch at a time, as a training loop has them."""
+    deque(batches, maxlen=0)
 
 
 def build(name: str, count: int, folder: str | None = None) -> Callable:
