@@ -144,6 +144,14 @@ def test_nearest_is_brute_force_with_ties_to_the_lowest_index(num_vectors, codeb
     assert torch.equal(codes, brute_force(vectors, codebook))
 
 
+def test_the_search_of_other_devices_finds_what_that_of_a_cpu_finds():
+    vectors, codebook = torch.randn(50, 5), torch.randn(40, 5)
+    elsewhere = search.Search(codebook)
+    elsewhere.on_cpu, elsewhere.rows = False, 16
+    assert elsewhere(vectors).equal(search.nearest(vectors, codebook))
+    assert elsewhere(vectors).equal(torch.cdist(vectors.double(), codebook.double()).argmin(dim=1))
+
+
 ROWS = search.CPU_TILE // search.CPU_COLUMNS
 
 
