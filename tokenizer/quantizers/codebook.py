@@ -144,16 +144,16 @@ class _Assign(torch.autograd.Function):
         return grad_h, grad_codebook, None, None, None, None
 
 
-# Vectors of a piece; a megabyte of them at D = 64
-PIECE = 4096
+# Numbers in the vectors of a piece: few pieces for their overhead, small ones for the cache
+PIECE = 2**20
 
 
 def _rows(h: Tensor) -> Iterator[Tensor]:
     """The positions of h (B, D, h, w) as vectors (n, D), a few images at a time; all at once off the CPU."""
-    batch, _, height, width = h.shape
-    images = max(1, PIECE // (height * width)) if h.device.type == "cpu" else batch
+    images = max(1, PIECE // h.shape[1:].numel()) if h.device.type == "cpu" else len(h)
     for part in h.detach().split(images):
-        yield part.movedim(1, -1).reshape(-1, h.shape[1])
+        # of one image reshape makes a view, over whose strides each pass would go
+        yield part.movedim(1, -1).reshape(-1, h.shape[1]).contiguous()
 
 
 def _map_shape(h: Tensor) -> tuple[int, int, int]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Vectors x entries of a tile of distances. On the CPU 1 MB of each thread's stays in the cache between the product and
@@ -44,6 +43,7 @@ class Search:
             torch.neg(codebook, out=entries[:, :-1])
             entries[:, -1] = half_squares
             self.blocks = entries.split(self.columns)
+            self.vectors = codebook.new_empty(0, entries.shape[1])
         self.tile = codebook.new_empty(0)
         self.fused = _fused_search() if codebook.device.type == FUSED_DEVICE else None
 
@@ -54,9 +54,11 @@ class Search:
             if self.fused is not None:
                 return self.fused(vectors.float().contiguous(), *self.codebook)
             codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-            size = min(self.rows, len(vectors)) * self.columns
-            if self.tile.numel() < size:
-                self.tile = self.tile.new_empty(size)
+            rows = min(self.rows, len(vectors))
+            if self.tile.numel() < rows * self.columns:
+                self.tile = self.tile.new_empty(rows * self.columns)
+                if self.on_cpu:
+                    self.vectors = self.vectors.new_ones(rows, self.vectors.shape[1])
             search = self._search_on_cpu if self.on_cpu else self._search
             for part, found in zip(vectors.float().split(self.rows), codes.split(self.rows)):
                 search(part, found)
@@ -71,7 +73,8 @@ class Search:
 
     def _search_on_cpu(self, vectors: Tensor, codes: Tensor) -> None:
         """The same, going over the codebook block by block."""
-        vectors = F.pad(vectors, (0, 1), value=1.0)
+        self.vectors[: len(vectors), :-1] = vectors
+        vectors = self.vectors[: len(vectors)]
         minima, places = [], []
         for entries in self.blocks:
             distances = torch.mm(vectors, entries.T, out=self._distances(vectors, entries))
