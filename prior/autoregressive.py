@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prior.base import PADDING, Codes, Prior, PriorConfig, Sampled, check_fraction
-from prior.sampling import draw, final_logits, log_prob_of
+from prior.base import PADDING, Codes, Prior, PriorConfig, Sampled, check_fraction, silent
+from prior.sampling import check_drawn_from, draw, final_logits, log_prob_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,8 @@ class AutoregressivePrior(Prior):
     def steps(self, classes: Tensor) -> Generator[Tensor, Tensor, None]:
         """A Python generator that yields the logits (B, K_l) of the next code and is sent the codes (B,) chosen there.
 
-        `next` gives the logits of the first code. It works in the mode (gradients, dropout) of whoever advances it.
+        `next` gives the logits of the first code. It is advanced without gradients, and works in the mode (dropout,
+        autocast) of whoever advances it.
         """
 
     def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -119,8 +120,10 @@ class AutoregressivePrior(Prior):
             fixed, known = (self.spec.flatten(part).unbind(1) for part in given)
         steps, codes, sent = self.steps(classes), [], None
         log_prob = torch.zeros(num_samples, device=noise.device)
+        largest = torch.full((), -torch.inf, device=noise.device)
         for i in range(length):
             logits = final_logits(steps.send(sent), options, i, length)
+            largest = torch.maximum(largest, logits.amax())
             code = draw(logits, uniform[i])
             if given is not None:
                 code = torch.where(known[i], fixed[i], code)
@@ -129,10 +132,12 @@ class AutoregressivePrior(Prior):
                 log_prob += added if given is None else added.masked_fill(known[i], 0.0)
             codes.append(code)
             sent = code if copies == 1 else code.repeat(copies)
-            callback(i + 1, length)
-            if codes_callback is not None:
+            if callback is not silent or codes_callback is not None:
                 with torch.inference_mode(False), torch.no_grad():
-                    codes_callback(*self._so_far(codes, given))
+                    callback(i + 1, length)
+                    if codes_callback is not None:
+                        codes_callback(*self._so_far(codes, given))
+        check_drawn_from(largest)
         return Sampled(self.spec.unflatten(torch.stack(codes, dim=1)), log_prob)
 
     def _so_far(self, codes: list[Tensor], given) -> tuple[Codes, Codes]:

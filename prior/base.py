@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -34,8 +35,16 @@ class CodeSpec:
 
     def __post_init__(self):
         # JSON and YAML give lists
-        object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
-        object.__setattr__(self, "vocab_sizes", tuple(self.vocab_sizes))
+        try:
+            shapes = tuple(tuple(map(_whole, shape)) for shape in self.shapes)
+            vocab_sizes = tuple(map(_whole, self.vocab_sizes))
+        except TypeError as error:
+            raise ValueError(
+                "a code space has one shape and one vocabulary size per level, such as ((8, 8),) and (512,), "
+                f"got {self.shapes} and {self.vocab_sizes}"
+            ) from error
+        object.__setattr__(self, "shapes", shapes)
+        object.__setattr__(self, "vocab_sizes", vocab_sizes)
         if not self.shapes or len(self.shapes) != len(self.vocab_sizes):
             raise ValueError(
                 f"a code space needs one vocabulary size per level and at least one level, "
@@ -111,6 +120,11 @@ class CodeSpec:
         return tuple(part.unflatten(1, shape) for part, shape in zip(parts, self.shapes))
 
 
+def _whole(size):
+    """An integer of any kind, such as NumPy's, as Python's; anything else as it is."""
+    return int(size) if isinstance(size, Integral) and not isinstance(size, bool) else size
+
+
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """What every prior's configuration holds.
@@ -151,6 +165,17 @@ class PriorConfig:
                 f"a prior is conditional on classes or on captions, got num_classes = {self.num_classes} and "
                 f"text_vocab_size = {self.text_vocab_size}; leave one of them at 0"
             )
+
+
+def silent(done: int, total: int) -> None:
+    """The `callback` of a caller who gave none."""
+
+
+def _check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be an int64 tensor, got {type(value).__name__}: wrap them in torch.tensor([...])"
+        )
 
 
 def check_positive(config: PriorConfig, *names: str) -> None:
@@ -202,11 +227,19 @@ class Prior(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} cannot be conditional on captions; take the prior 'gpt'")
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str, **download_options) -> "Prior":
-        """Loads a model folder or hub repository. Raises ValueError if it is damaged, or holds another class."""
+    def from_pretrained(cls, path_or_id: str, **options) -> "Prior":
+        """Loads a model folder or hub repository, in evaluation mode.
+
+        Args:
+            path_or_id: folder, or "user/name" on the hub.
+            options: subfolder ("prior" where it is a pipeline's); device (default the CPU); dtype (default as
+                saved); revision, cache_dir, token, local_files_only and force_download for the hub.
+        Raises:
+            ValueError: it is damaged, or holds another class.
+        """
         from pipelines.checkpoint import load_pretrained  # here alone, for the hand's habit: models know no files
 
-        return load_pretrained(cls, path_or_id, **download_options)
+        return load_pretrained(cls, path_or_id, **options)
 
     def save_pretrained(self, folder: str) -> None:
         """Writes a model folder: config.json and model.safetensors."""
@@ -217,6 +250,10 @@ class Prior(nn.Module, ABC):
     def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Named training losses whose sum is minimised: here the negative log-likelihood in nats per code."""
         return {"nll": -self.log_prob(codes, labels).mean() / self.spec.length}
+
+    def complaints(self) -> dict[str, str]:
+        """What is wrong with how it learns, by subject; with numbers and advice."""
+        return {}
 
     @abstractmethod
     def log_prob(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
@@ -295,18 +332,17 @@ class Prior(nn.Module, ABC):
         if given is not None:
             given = self._check_given(given, num_samples, device)
         noise = ImageNoise(num_samples, generator, device)
-        arguments = (num_samples, labels, options, noise, given, callback or (lambda done, total: None))
-        training = self.training
-        if training:
-            self.eval()
+        arguments = (num_samples, labels, options, noise, given, callback or silent)
+        in_training = [module for module in self.modules() if module.training]  # not all of them, where some are frozen
+        self.eval()
         try:
             if not return_log_prob and codes_callback is None:
                 return self._sample(*arguments)
             sampled = self._sample_by_steps(*arguments, codes_callback)
             return sampled if return_log_prob else sampled.codes
         finally:
-            if training:
-                self.train()
+            for module in in_training:
+                module.training = True
 
     @abstractmethod
     def _sample(
@@ -342,6 +378,7 @@ class Prior(nn.Module, ABC):
             return
         if labels is None:
             raise ValueError(f"this prior is conditional on {self.num_classes} classes: give labels")
+        _check_tensor("labels", labels)
         if labels.shape != (num_samples,) or labels.dtype != torch.int64:
             raise ValueError(
                 f"labels must be int64 of shape ({num_samples},), got {labels.dtype} of shape {tuple(labels.shape)}"
@@ -356,6 +393,7 @@ class Prior(nn.Module, ABC):
         length, vocab_size = self.config.max_text_length, self.config.text_vocab_size
         if labels is None:
             raise ValueError("this prior is conditional on captions: give the token ids of one for each image")
+        _check_tensor("captions", labels)
         if labels.shape != (num_samples, length) or labels.dtype != torch.int64:
             raise ValueError(
                 f"captions must be int64 of shape ({num_samples}, {length}), "

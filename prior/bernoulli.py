@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from prior.annealed_importance import LogPartition
 from prior.base import Codes
 from prior.bits import BitPrior, BitPriorConfig, bits_to_codes, codes_to_bits, mask_to_bits
+from prior.sampling import check_drawn_from
 
 
 class Bernoulli(BitPrior):
@@ -55,6 +56,7 @@ class Bernoulli(BitPrior):
 
     def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
         uniform, logits = noise.uniform(self.num_bits), self.logits
+        check_drawn_from(logits.amax())
         most_probable = (logits > 0).expand_as(uniform)
         bits = uniform < (logits / options.temperature).sigmoid() if options.temperature else most_probable
         if given is not None:

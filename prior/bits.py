@@ -49,10 +49,6 @@ class BitPrior(Prior):
         self.num_left = config.num_left or -(-self.num_bits // 2)
         self.num_right = self.num_bits - self.num_left
 
-    def complaints(self) -> dict[str, str]:
-        """What is wrong with how it learns, by subject; with numbers and advice."""
-        return {}
-
     @abstractmethod
     def energy(self, left: Tensor, right: Tensor) -> Tensor:
         """E in nats (B,) of states, or of their means, (B, num_left) and (B, num_right)."""

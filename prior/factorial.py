@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from prior.base import Codes, Prior, PriorConfig, Sampled
-from prior.sampling import draw, filter_logits, log_prob_of
+from prior.sampling import check_drawn_from, draw, filter_logits, log_prob_of
 
 
 class Factorial(Prior):
@@ -50,6 +50,7 @@ class Factorial(Prior):
         drawn = []
         for table, n in zip(self.log_probs(labels), self.spec.lengths):
             logits = filter_logits(table, options).expand(num_samples, -1, -1).flatten(0, 1)
+            check_drawn_from(logits.amax())
             code = draw(logits, noise.uniform(n).flatten())
             drawn.append((code, log_prob_of(code, logits)))
         codes, log_probs = (

@@ -64,7 +64,7 @@ class Layer:
         batch, self.num_heads, _, self.head_dim = cache.keys.shape
         self.dim = self.num_heads * self.head_dim
         # channels that rotate together stand side by side, in queries and keys alike
-        order = torch.arange(self.head_dim)
+        order = torch.arange(self.head_dim, device=cache.keys.device)
         order = order.unflatten(0, (2, -1)).T.flatten() if rotary else order
         query, key = (
             projection.weight.unflatten(0, (self.num_heads, -1))[:, order].flatten(0, 1)
@@ -120,7 +120,7 @@ class Norm:
     def __init__(self, norm: nn.RMSNorm):
         dim = norm.normalized_shape[0]
         self.gain = norm.weight * math.sqrt(dim)
-        self.root_eps = torch.tensor(math.sqrt(norm.eps * dim))
+        self.root_eps = self.gain.new_tensor(math.sqrt(norm.eps * dim))
 
     def __call__(self, x: Tensor) -> Tensor:
         # x / sqrt(mean(x^2) + eps) = x sqrt(D) / sqrt(|x|^2 + D eps)
@@ -153,7 +153,7 @@ class Transposed(Product):
         sizes = [len(weight) for weight in weights]
         # rows that lie a multiple of some KB apart compete for the same places of a processor's cache
         padding = 16 if sum(sizes) % 256 == 0 else 0
-        super().__init__(torch.empty(weights[0].shape[1], sum(sizes) + padding)[:, : sum(sizes)])
+        super().__init__(weights[0].new_empty(weights[0].shape[1], sum(sizes) + padding)[:, : sum(sizes)])
         for part, weight in zip(self.weight.split(sizes, dim=1), weights):
             part.copy_(weight.T)
 

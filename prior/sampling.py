@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -30,7 +30,7 @@ class SamplingOptions:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
             raise ValueError(f"top_k must be an integer of at least 1, or None to keep every code, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], or be None to keep every code, got {self.top_p}")
@@ -134,8 +134,8 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     if options.top_p is not None:
         # the nucleus reaches to the last code before which less than top_p has been collected
         probabilities = (ordered - logits.logsumexp(-1, keepdim=True)).exp()
-        before = probabilities.cumsum(-1) - probabilities  # 0 for the first, which is hence always kept
-        last = (before < options.top_p).sum(-1, keepdim=True) - 1
+        before = cumulative_sum(probabilities) - probabilities  # 0 for the first, which is hence always kept
+        last = (before < options.top_p).sum(-1, keepdim=True).clamp_(min=1) - 1  # none is, where they are nan
         logits = logits.masked_fill(logits < ordered.gather(-1, last), -torch.inf)
     if options.min_p is not None:
         # the most probable code has logit 0: p >= min_p max p (Nguyen et al. 2024, arXiv:2407.01082)
@@ -152,10 +152,29 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     probabilities = logits.float().softmax(-1)
     # impossible codes stay at 0 and cannot be the first to exceed the target; that a parallel cumsum need not be
     # monotone does not matter either, because the target lies below the largest value
-    cumulative = probabilities.cumsum(-1).masked_fill_(probabilities == 0, 0.0)
+    cumulative = cumulative_sum(probabilities).masked_fill_(probabilities == 0, 0.0)
     # u (1 - 2^-24) rounds to less than its other factor in float32
     target = cumulative.amax(-1, keepdim=True).mul_(uniform[:, None])
     return (cumulative > target).int().argmax(-1)  # the first
+
+
+def cumulative_sum(probabilities: Tensor) -> Tensor:
+    """Along the last dimension; in fixed point where torch is asked for determinism, since GPUs have no other then."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return probabilities.cumsum(-1)
+    return (probabilities.double() * 2**48).long().cumsum(-1).double().mul_(2**-48).to(probabilities.dtype)
+
+
+def check_drawn_from(largest: Tensor) -> None:
+    """Raises ValueError unless all codes came from logits that are numbers, given the largest one of all.
+
+    Once after drawing, not for each code: a look at a number makes the processor wait for a GPU.
+    """
+    if not largest.item() < math.inf:
+        raise ValueError(
+            "the logits of the codes overflowed or are not numbers: the weights are damaged, or too large for their "
+            "type; in float16 take bfloat16 or float32, and a smaller guidance_scale where it is large"
+        )
 
 
 def log_prob_of(codes: Tensor, logits: Tensor) -> Tensor:
@@ -187,6 +206,8 @@ class ImageNoise:
         elif isinstance(generator, Sequence):
             self.generators = list(generator)
         else:
+            self.generators = [generator]
+        if not all(isinstance(one, torch.Generator) for one in self.generators):
             raise ValueError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
         if len(self.generators) != num_images:
             raise ValueError(f"got {len(self.generators)} generators for {num_images} images: give one, or one each")

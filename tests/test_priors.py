@@ -402,6 +402,54 @@ def test_sampling_keeps_the_training_mode_and_leaves_no_gradient(name):
     codes = prior.sample(2)
     assert prior.training
     assert not codes[0].requires_grad
+    frozen = [module for module in prior.modules() if isinstance(module, torch.nn.Dropout)]
+    for module in frozen:
+        module.eval()
+    prior.sample(2)
+    assert [module for module in prior.modules() if not module.training] == frozen
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 2}], ids=str)
+@pytest.mark.parametrize("name", [name for name in LEARNABLE if name not in ("rbm", *tiny.REAL_PRIORS)])
+def test_codes_are_never_drawn_from_what_is_not_a_number(name, options):
+    prior = build(name, tiny.SPECS["bits"])
+    if not options.keys() <= prior.sampling_options:
+        pytest.skip(f"{name} has no filters")
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match="are not numbers: the weights are damaged"):
+        prior.sample(2, **options)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_samples_are_the_same_where_torch_is_asked_for_determinism(name):
+    spec = tiny.REAL_SPECS["vector"] if name in tiny.REAL_PRIORS else tiny.SPECS["powers"]
+    prior = build(name, spec)
+    options = {"top_p": 0.8} if "top_p" in prior.sampling_options else {}
+    plain = prior.sample(50, generator=torch.Generator().manual_seed(0), **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        determined = prior.sample(50, generator=torch.Generator().manual_seed(0), **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, plain, determined))
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samples_do_not_depend_on_the_default_type_and_device_of_new_tensors(variant, batch):
+    name, options = VARIANTS[variant]
+    prior = build(name, tiny.SPECS["levels"], **options)
+    plain = prior.sample(batch, generator=torch.Generator().manual_seed(0))
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        changed = prior.sample(batch, generator=torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, plain, changed))
 
 
 # --- caches ---------------------------------------------------------------------------------------------------------
@@ -555,12 +603,24 @@ def test_wrong_labels_and_codes_are_refused(name):
             call(conditional, torch.tensor([0, 2]))
         with pytest.raises(ValueError, match=r"int64 of shape \(2,\), got torch.int64 of shape \(3,\)"):
             call(conditional, torch.tensor([0, 1, 1]))
+        with pytest.raises(ValueError, match=r"labels must be an int64 tensor, got list: wrap them in torch.tensor"):
+            call(conditional, [0, 1])
     with pytest.raises(ValueError, match=r"level 0 .* lie in \[0, 2\), got values from 2 to 2"):
         plain.log_prob((torch.full((1, 4), 2),))
     with pytest.raises(ValueError, match=r"int64 of shape \(batch, 4\), got torch.int64 of shape \(1, 5\)"):
         plain(random_codes(CodeSpec(((5,),), (2,)), 1))
     with pytest.raises(ValueError, match="got codes of 2 levels, this code space has 1"):
         plain.log_prob(codes * 2)
+
+
+def test_sizes_may_be_integers_of_any_kind():
+    spec = CodeSpec((np.array([2, 3]), (np.int32(4),)), (np.int64(5), 6))
+    assert spec == CodeSpec(((2, 3), (4,)), (5, 6))
+    assert {type(size) for shape in spec.shapes for size in shape} == {type(spec.vocab_sizes[0])} == {int}
+    assert SamplingOptions(top_k=np.int64(3)).top_k == 3
+    for shapes, vocab_sizes in (((8, 8), (512,)), (((8, 8),), 512)):
+        with pytest.raises(ValueError, match="one shape and one vocabulary size per level"):
+            CodeSpec(shapes, vocab_sizes)
 
 
 def test_levels_of_different_batch_sizes_are_refused():
@@ -590,6 +650,8 @@ def test_given_codes_must_fit():
         prior.sample(2, given=(codes, (known[0][:, :3],)))
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         prior.sample(0)
+    with pytest.raises(ValueError, match=r"generator must be a torch.Generator or a list of them, got \[0, 1\]"):
+        prior.sample(2, generator=[0, 1])
 
 
 @pytest.mark.parametrize(
