@@ -41,6 +41,8 @@ def perplexity(counts: Tensor) -> float:
 SMALLEST_CODEBOOK = 16
 COLLAPSED_USAGE = 0.1
 COLLAPSED_PERPLEXITY = 0.05
+# Entries of a codebook whose uses are counted: the tables of more would not fit into memory
+MOST_COUNTED = 2**26
 
 
 def has_collapsed(counts: Tensor) -> bool:
@@ -52,14 +54,16 @@ def has_collapsed(counts: Tensor) -> bool:
 
 
 class CodeCounts(nn.Module):
-    """How often each code of each level occurred, over all processes; levels of real numbers are left out.
+    """How often each code of each level occurred, over all processes.
+
+    Levels of real numbers are left out, and those of more than `MOST_COUNTED` values.
 
     Counts are gathered by `add` in each process and become common to all in `merge`.
     """
 
     def __init__(self, spec: CodeSpec):
         super().__init__()
-        self.levels = [level for level, vocab_size in enumerate(spec.vocab_sizes) if vocab_size is not None]
+        self.levels = [level for level, k in enumerate(spec.vocab_sizes) if k is not None and k <= MOST_COUNTED]
         for level in self.levels:
             vocab_size = spec.vocab_sizes[level]
             self.register_buffer(f"total_{level}", torch.zeros(vocab_size, dtype=torch.int64))

@@ -10,6 +10,7 @@ from pipelines.codes import CodeDataset
 from pipelines.metrics import CodeCounts, psnr
 from prior.base import Prior
 from tokenizer.base import Tokenizer
+from tokenizer.quantizers.base import Quantizer
 
 
 class Objective(nn.Module, ABC):
@@ -22,6 +23,7 @@ class Objective(nn.Module, ABC):
 
     model: nn.Module
     best_metric: str = "nll"
+    settling_steps: int = 0  # at first, in which nothing that was counted is a complaint yet
 
     @abstractmethod
     def forward(self, batch: dict, step: int | None = None) -> dict[str, Tensor]:
@@ -58,6 +60,9 @@ class TokenizerLoss(Objective):
         super().__init__()
         # weights like the maps: convolutions otherwise copy them in every pass
         self.model = tokenizer.to(memory_format=torch.channels_last) if tokenizer.channels_last else tokenizer
+        self.settling_steps = max(
+            (q.settling_steps for q in tokenizer.modules() if isinstance(q, Quantizer)), default=0
+        )
         self.train_counts = CodeCounts(tokenizer.spec)
         self.evaluation_counts = CodeCounts(tokenizer.spec)
 
@@ -76,7 +81,9 @@ class TokenizerLoss(Objective):
         }
 
     def initialize(self, batch: dict) -> None:
-        self.model.initialize(batch["image"])
+        if self.model.starts_from_data:
+            self.model.initialize(batch["image"])
+            self.model.starts_from_data = False
 
     def after_step(self) -> None:
         self.model.after_step()
@@ -138,6 +145,9 @@ class PriorLoss(Objective):
 
     def summary(self) -> dict[str, float]:
         return {} if self.training else dict(self.references)
+
+    def complaints(self) -> dict[str, str]:
+        return self.model.complaints()
 
 
 def unigram_nats_per_code(train_codes: CodeDataset, validation_codes: CodeDataset) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipelines.checkpoint import build_tokenizer, fingerprint, save_model
-from pipelines.codes import write_codes
+from pipelines.codes import smallest_dtype, write_codes
 from pipelines.config import Polymorphic, parse, peek
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
@@ -59,6 +59,9 @@ def main() -> Outcome | None:
     if "num_classes" in {field.name for field in fields(TOKENIZERS[config["tokenizer"]["type"]].Config)}:
         implied["num_classes"] = train_images.num_classes
     tokenizer = build_tokenizer({**config["tokenizer"], **implied})
+    if tokenizer.spec.is_discrete:
+        for vocab_size in tokenizer.spec.vocab_sizes:
+            smallest_dtype(vocab_size)  # codes that could not be stored are refused before training, not after
     objective = TokenizerLoss(tokenizer)
     accelerator.print(describe(accelerator, tokenizer, train_images, validation_images))
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipelines.metrics import CodeCounts, bits_per_dim, codebook_usage, perplexity, psnr
 from pipelines.report import format_table
+from prior.base import CodeSpec
 from tests import tiny
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=20)
@@ -63,6 +64,14 @@ def test_counts_over_batches_are_the_counts_of_all_at_once(space):
     for level, (code, k) in enumerate(zip(codes, spec.vocab_sizes)):
         expected = np.bincount(code.numpy().ravel(), minlength=k)
         np.testing.assert_array_equal(in_batches.get_buffer(f"total_{level}").numpy(), expected)
+
+
+def test_vocabularies_too_large_for_a_table_are_not_counted():
+    counts = CodeCounts(CodeSpec(((2, 2), (1,)), (2**40, 3)))
+    counts.add((torch.full((5, 2, 2), 2**40 - 1), torch.tensor([[0], [0], [1], [1], [1]])))
+    counts.merge()
+    assert counts.summary().keys() == {"codebook_usage", "perplexity"}
+    assert counts.summary()["codebook_usage"] == pytest.approx(2 / 3)
 
 
 def test_reset_forgets_what_was_counted():

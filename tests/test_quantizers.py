@@ -61,6 +61,17 @@ def test_embedding_the_codes_gives_z_bit_for_bit(quantizer):
     assert all(torch.equal(a, b) for a, b in zip(quantizer.encode(h), out.codes))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_every_dtype_serves_for_evaluation(quantizer, dtype):
+    train_step(quantizer, features(quantizer))
+    quantizer.eval().to(dtype)
+    h = features(quantizer, seed=1).to(dtype)
+    out = quantizer(h)
+    assert out.z.dtype == dtype
+    assert torch.equal(quantizer.embed(out.codes).to(dtype), out.z)
+    assert all(torch.equal(a, b) for a, b in zip(quantizer.encode(h), out.codes))
+
+
 def test_evaluation_is_deterministic_and_changes_nothing(quantizer):
     train_step(quantizer, features(quantizer))
     state = copy.deepcopy(quantizer.eval().state_dict())
@@ -70,9 +81,10 @@ def test_evaluation_is_deterministic_and_changes_nothing(quantizer):
     assert all(torch.equal(value, state[name]) for name, value in quantizer.state_dict().items())
 
 
-def test_gradient_reaches_the_input_through_z(quantizer):
+@pytest.mark.parametrize("step", [0, None])
+def test_gradient_reaches_the_input_through_z(quantizer, step):
     h = features(quantizer).requires_grad_()
-    out = quantizer(h, step=0)
+    out = quantizer(h, step=step)
     out.z.square().sum().backward()
     assert h.grad.abs().sum() > 0
 
@@ -651,6 +663,7 @@ def test_options_out_of_range_are_refused(options, message):
     [
         ("fsq", {"levels": (5, 2)}, r"levels must be integers of at least 3, .*got \(5, 2\)"),
         ("fsq", {"levels": ()}, r"levels must be integers of at least 3, .*got \(\)"),
+        ("fsq", {"levels": (9,) * 20}, r"product of 2\^63 - 1 at most, to fit into int64, got \(9, 9"),
         ("lfq", {"num_bits": 0}, r"num_bits must lie in \[1, 62\], .*got 0"),
         ("lfq", {"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
         ("lfq", {"diversity_weight": -1.0}, "diversity_weight must be at least 0, got -1.0"),

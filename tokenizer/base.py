@@ -78,13 +78,24 @@ class Tokenizer(nn.Module, ABC):
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
+        # Weights that were trained before are not changed to suit the data that training goes on with
+        self.starts_from_data = True
+        self.register_load_state_dict_post_hook(_start_from_weights)
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str, **download_options) -> "Tokenizer":
-        """Loads a model folder or hub repository. Raises ValueError if it is damaged, or holds another class."""
+    def from_pretrained(cls, path_or_id: str, **options) -> "Tokenizer":
+        """Loads a model folder or hub repository, in evaluation mode.
+
+        Args:
+            path_or_id: folder, or "user/name" on the hub.
+            options: subfolder ("tokenizer" where it is a pipeline's); device (default the CPU); dtype (default as
+                saved); revision, cache_dir, token, local_files_only and force_download for the hub.
+        Raises:
+            ValueError: it is damaged, or holds another class.
+        """
         from pipelines.checkpoint import load_pretrained  # here alone, for the hand's habit: models know no files
 
-        return load_pretrained(cls, path_or_id, **download_options)
+        return load_pretrained(cls, path_or_id, **options)
 
     def save_pretrained(self, folder: str) -> None:
         """Writes a model folder: config.json and model.safetensors."""
@@ -170,7 +181,10 @@ class Tokenizer(nn.Module, ABC):
         return {}
 
     def initialize(self, images: Tensor) -> None:
-        """Initialisation that depends on data (codebooks); a no-op where there is none."""
+        """Initialisation that depends on data (codebooks); a no-op where there is none.
+
+        Training calls it where `starts_from_data`: not after weights were loaded, nor twice.
+        """
 
     def after_step(self) -> None:
         """To be called once after each optimizer step: codebooks that follow running averages move here."""
@@ -182,3 +196,7 @@ class Tokenizer(nn.Module, ABC):
                 f"this tokenizer takes images of shape (batch, {', '.join(map(str, self.config.image_shape))}), "
                 f"got {tuple(images.shape)}"
             )
+
+
+def _start_from_weights(tokenizer: Tokenizer, incompatible_keys) -> None:
+    tokenizer.starts_from_data = False

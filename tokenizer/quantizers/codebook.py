@@ -69,11 +69,12 @@ class CodebookQuantizer(Quantizer):
         differences = torch.empty_like(entries) if needs_gradient else None
         squares = h.new_zeros(())
         with torch.no_grad():
-            start, search = 0, Search(self.codebook)
+            codebook = self.codebook.float()  # half, perhaps, when evaluating
+            start, search = 0, Search(codebook)
             for vectors in _rows(h):
                 part = slice(start, start := start + len(vectors))
                 found = codes.view(-1)[part].copy_(search(vectors))
-                entry = torch.index_select(self.codebook, 0, found, out=entries.flatten(0, 2)[part])
+                entry = torch.index_select(codebook, 0, found, out=entries.flatten(0, 2)[part])
                 difference = torch.sub(vectors, entry, out=differences.flatten(0, 2)[part] if needs_gradient else None)
                 squares += torch.dot(difference.flatten(), difference.flatten())
                 if statistics is not None:

@@ -1,5 +1,7 @@
 """Vector quantization whose codebook follows running averages of the vectors assigned to it."""
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,13 +53,15 @@ class EMAVQ(CodebookQuantizer):
         if not 0 <= revive_below < 1:
             raise ValueError(f"revive_below must lie in [0, 1), got {revive_below}")
         self.decay, self.epsilon, self.revive_below = decay, epsilon, revive_below
+        # an entry that no vector takes is replaced once decay^steps falls below revive_below
+        self.settling_steps = math.ceil(math.log(revive_below) / math.log(decay)) if revive_below and decay else 0
         self.register_buffer("codebook", torch.randn(codebook_size, code_dim))
         self.register_buffer("cluster_size", torch.ones(codebook_size))  # N_i
         self.register_buffer("cluster_sum", self.codebook.clone())  # m_i
         self.register_buffer("num_updates", torch.tensor(0))
         # No buffer: DDP broadcasts buffers of rank 0 and would overwrite what the other processes gathered.
         self._pending: Statistics | None = None
-        self._candidates: list[Tensor] = []  # (B, D) per forward pass: vectors that dead entries may become
+        self._candidates: Tensor | None = None  # (n, D): vectors that dead entries may become
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # distances, averages and losses in float32
@@ -79,7 +83,9 @@ class EMAVQ(CodebookQuantizer):
             # One vector per image. Multiples of the golden ratio visit all positions evenly, step after step.
             maps = h.flatten(2)
             position = (self.num_updates * 2654435769 % 2**32) * maps.shape[2] // 2**32
-            self._candidates.append(maps.index_select(2, position.view(1)).squeeze(2).float())
+            candidates = maps.index_select(2, position.view(1)).squeeze(2).float()
+            # one tensor, not a list: torch.compile would compile anew for each length
+            self._candidates = candidates if self._candidates is None else torch.cat([self._candidates, candidates])
         return self._pending
 
     @torch.no_grad()
@@ -87,7 +93,7 @@ class EMAVQ(CodebookQuantizer):
         if self._pending is None and not is_distributed():
             return
         pending, self._pending = self._pending or Statistics.like(self.codebook), None
-        candidates, self._candidates = self._candidates, []
+        candidates, self._candidates = self._candidates, None
         counts, sums = _sum_over_processes(pending.counts, pending.sums)
         share = counts.sum() / len(counts)
         # Under fp16 a step whose features overflow is left out by the optimizer, and so it must be here
@@ -109,12 +115,12 @@ class EMAVQ(CodebookQuantizer):
         torch.div(self.cluster_sum, smoothed[:, None], out=self.codebook)
         self.num_updates += 1
 
-    def _revive(self, share: Tensor, candidates: list[Tensor]) -> None:
+    def _revive(self, share: Tensor, candidates: Tensor | None) -> None:
         """Replaces dead entries. Every process comes to the same result: the counts were summed over all of them."""
         dead = (self.cluster_size < self.revive_below * share).nonzero().flatten()
         if len(dead) == 0:
             return
-        vectors = _rows_of_processes(torch.cat([*candidates, self.codebook[:0]]))
+        vectors = _rows_of_processes(self.codebook[:0] if candidates is None else candidates)
         num_revived = min(len(dead), len(vectors))
         generator = torch.Generator().manual_seed(self.num_updates.item())
         dead = dead[torch.randperm(len(dead), generator=generator)[:num_revived].to(dead.device)]

@@ -9,6 +9,7 @@ from torch import Tensor
 from prior.base import Codes
 from tokenizer.quantizers.base import Quantized, Quantizer, check_finite, straight_through
 
+LARGEST_CODE = 2**63 - 1
 EPSILON = 1e-3  # by how much the bound exceeds the outermost grid points, so that these can be reached
 
 
@@ -23,7 +24,8 @@ class FSQ(Quantizer):
         levels: number of values L of each channel; K is their product. (8, 5, 5, 5) is the paper's for K near 2^10; it
             advises at least 5 values per channel.
     Raises:
-        ValueError: a level below 3 (two values are what LFQ is for); features that are not finite, when evaluating.
+        ValueError: a level below 3 (two values are what LFQ is for), or more codes than int64 holds; features that are
+            not finite, when evaluating.
     """
 
     # features far smaller than a step of the grid would all be rounded to one code, and what has one code stays there
@@ -34,6 +36,8 @@ class FSQ(Quantizer):
         levels = list(levels)
         if not levels or any(not isinstance(level, int) or level < 3 for level in levels):
             raise ValueError(f"levels must be integers of at least 3, e.g. (8, 5, 5, 5), got {tuple(levels)}")
+        if math.prod(levels) > LARGEST_CODE:
+            raise ValueError(f"levels may have a product of 2^63 - 1 at most, to fit into int64, got {tuple(levels)}")
         self.in_channels = self.out_channels = len(levels)
         self.vocab_sizes = (math.prod(levels),)
         # integers, which no change of the model's dtype can touch

@@ -17,7 +17,8 @@ class Gumbel(Quantizer):
     As in the dVAE of DALL-E (Ramesh et al. 2021, arXiv:2102.12092). The feature map holds the logits of q(c|h), and a
     training pass with a `step` draws from it: codes are the drawn ones, z is the average of the entries under the
     softmax of logits plus Gumbel noise, at a temperature that falls with the step. Evaluation, and training without a
-    step, take the most probable code and its entry. The KL divergence to the uniform prior is the rate of the codes.
+    step, take the most probable code and its entry; in training its gradient is that of the average at the last
+    temperature. The KL divergence to the uniform prior is the rate of the codes.
 
     Args:
         codebook_size: number of entries K, and of channels of the feature map.
@@ -75,7 +76,12 @@ class Gumbel(Quantizer):
                 codes = weights.argmax(dim=-1)
                 if self.straight_through:
                     weights = straight_through(weights, F.one_hot(codes, weights.shape[-1]).to(weights))
-                z = rearrange(weights @ self.codebook, "b h w d -> b d h w")
+                z = rearrange(weights @ self.codebook.float(), "b h w d -> b d h w")
+            elif self.training and torch.is_grad_enabled():
+                weights = (logits / self.temperature_end).softmax(dim=-1)
+                codes = logits.argmax(dim=-1)
+                weights = straight_through(weights, F.one_hot(codes, weights.shape[-1]).to(weights))
+                z = rearrange(weights @ self.codebook.float(), "b h w d -> b d h w")
             else:
                 codes = logits.argmax(dim=-1)
                 z = self.embed((codes,))

@@ -79,8 +79,8 @@ class Residual(Quantizer):
             return Quantized(straight_through(vectors, entries).to(h.dtype), tuple(codes), losses)
 
     def embed(self, codes: Codes) -> Tensor:
-        # in the order of `forward`, for equality to the last bit
-        return sum(stage.embed((level,)) for stage, level in zip(self.stages, codes, strict=True))
+        # in the order and precision of `forward`, for equality to the last bit
+        return sum(stage.embed((level,)).float() for stage, level in zip(self.stages, codes, strict=True))
 
     def after_step(self) -> None:
         for codebook in self.codebooks:
