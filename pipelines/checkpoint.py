@@ -7,6 +7,7 @@ A *model folder* is `config.json` (with its "type") and `model.safetensors`: wha
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -39,7 +40,16 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # A model folder comes from anywhere: no size in it may ask for more memory than its own weights could fill.
 LARGEST_SIZE = 2**24
-DOWNLOAD_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "device", "dtype")
+DOWNLOAD_OPTIONS = (
+    "revision",
+    "cache_dir",
+    "token",
+    "local_files_only",
+    "force_download",
+    "device",
+    "dtype",
+    "subfolder",
+)
 FILES_OF_A_HUB_REPOSITORY = ["*.json", "*.safetensors", "README.md"]
 
 
@@ -163,13 +173,20 @@ def load_prior(folder: Path | str) -> Prior:
     return _load(Path(folder), build_prior)
 
 
-def load_pretrained(model_class: type, path_or_id: Path | str, **download_options) -> Tokenizer | Prior:
+def load_pretrained(
+    model_class: type,
+    path_or_id: Path | str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **download_options,
+) -> Tokenizer | Prior:
     """The model of a model folder or hub repository, which must be a `model_class`; see `Tokenizer.from_pretrained`."""
     folder = resolve_folder(path_or_id, **download_options)
     model = load_tokenizer(folder) if issubclass(model_class, Tokenizer) else load_prior(folder)
     if not isinstance(model, model_class):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a {model_class.__name__}")
-    return model
+    return model.to(device, dtype)
 
 
 def _load(folder: Path, build) -> nn.Module:
@@ -247,7 +264,9 @@ def _check_sizes(value, key: str = "config") -> None:
     elif isinstance(value, list):
         for item in value:
             _check_sizes(item, key)
-    elif isinstance(value, (int, float)) and not abs(value) <= LARGEST_SIZE:
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} = {value} is not a finite number")
+    elif isinstance(value, int) and abs(value) > LARGEST_SIZE:
         raise ValueError(f"{key} = {value} is beyond the limit of {LARGEST_SIZE}")
 
 
@@ -306,11 +325,12 @@ def _system_errors() -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def resolve_folder(path_or_id: str | Path, **download_options) -> Path:
+def resolve_folder(path_or_id: str | Path, *, subfolder: str = "", **download_options) -> Path:
     """A local folder as it is, or the local copy of a hub repository (JSON, safetensors and README only).
 
     Args:
         path_or_id: folder, or "user/name" on the hub.
+        subfolder: a folder within it to take in its place.
         download_options: passed to `huggingface_hub.snapshot_download` (revision, cache_dir, token, ...).
     Raises:
         ValueError: neither a folder nor something that can be a hub id, or the hub cannot be reached.
@@ -320,14 +340,22 @@ def resolve_folder(path_or_id: str | Path, **download_options) -> Path:
         raise ValueError(f"unknown argument '{unknown[0]}'{nearest_known(unknown[0], DOWNLOAD_OPTIONS)}")
     folder = Path(path_or_id)
     if folder.is_dir():
-        return folder
+        return _within(folder, subfolder)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)) or str(path_or_id).startswith("."):
         raise ValueError(f"{path_or_id} is neither a folder nor a hub id of the form 'user/name'")
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=FILES_OF_A_HUB_REPOSITORY, **download_options))
+        folder = snapshot_download(str(path_or_id), allow_patterns=FILES_OF_A_HUB_REPOSITORY, **download_options)
     except (OSError, HFValidationError) as error:  # what the hub library raises offline is an OSError
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path_or_id} is not a folder here, and could not be had from the hub: {reason}") from error
+    return _within(Path(folder), subfolder)
+
+
+def _within(folder: Path, subfolder: str) -> Path:
+    inner = folder / subfolder
+    if not inner.resolve().is_relative_to(folder.resolve()) or not inner.is_dir():
+        raise ValueError(f"{folder} has no folder '{subfolder}' within")
+    return inner
 
 
 # Training states
@@ -367,6 +395,11 @@ def newest_state(folder: Path) -> Path | None:
         except ValueError as error:
             warnings.warn(f"{error}; falling back to the state before it", stacklevel=2)
     return None
+
+
+def has_states(folder: Path) -> bool:
+    """Whether there are states, damaged or not."""
+    return bool(_states(folder))
 
 
 def load_state(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:

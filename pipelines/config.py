@@ -3,11 +3,13 @@
 import argparse
 import difflib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -51,15 +53,21 @@ def explain(message: str, known: list[str]) -> str:
     if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
         choices = re.findall(r"[\w.]+", found[2])
         field = re.search(r"argument --([\w.]+)", message)
-        return f"unknown value '{found[1]}'{f' for {field[1]}' if field else ''}{nearest_known(found[1], choices)}"
+        return _unknown_value(found[1], f" for {field[1]}" if field else "", choices)
     union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
     if found := re.search(rf'key "([\w.]+)": (?:Expected a (.*?)\. Got value: (.*)|{union})', message):
         name, kinds, value = found[1], found[2] or found[4], found[3] or found[5]
         if literal := re.search(r"typing\.Literal\[(.*?)\]", kinds):
             choices = re.findall(r"[\w.]+", literal[1])
-            return f"unknown value '{value}' for {name}{nearest_known(value, choices)}"
+            return _unknown_value(value, f" for {name}", choices)
         return f"{name} must be {_in_words(kinds)}, got {value}"
     return message
+
+
+def _unknown_value(value: str, where: str, choices: list[str]) -> str:
+    if value == "False" and "no" in choices:
+        return f"unknown value 'False'{where}: YAML reads a bare no as false; write \"no\" in quotes"
+    return f"unknown value '{value}'{where}{nearest_known(value, choices)}"
 
 
 def _in_words(kinds: str) -> str:
@@ -151,9 +159,46 @@ def parse(
             parser.exit(2, f"{parser.prog}: error: {error}\n")
     known = parser.known_names()
     parser.set_defaults({name: value for name, value in flatten(recipe).items() if name in known})
+    argv = _without_other_types(sys.argv[1:] if argv is None else argv, chosen, set(known))
     parsed = parser.parse_args(argv).as_dict()
     del parsed["config"], parsed["json"]  # see `wants_json`
+    for name, section in sections.items():
+        if not isinstance(section, Polymorphic):
+            _refuse_blanks(parser, name, section, parsed[name])
     return plain(parsed)
+
+
+def _without_other_types(argv: list[str], chosen: dict[str, str], known: set[str]) -> list[str]:
+    """The arguments, with files whose types the command line changes in place without what only those types have."""
+    argv = list(argv)
+    for i, argument in enumerate(argv):
+        option, equals, path = argument.partition("=")
+        if option != "--config" or not (equals or i + 1 < len(argv)):
+            continue
+        path = path if equals else argv[i + 1]
+        if not Path(path).is_file():
+            continue  # is reported by the parser proper
+        values, types = flatten(read_yaml(path)), {}
+        _collect_types(read_yaml(path), "", types)
+        changed = [key for key, name in types.items() if chosen.get(key, name) != name]
+        if changed:
+            of_others = {
+                name for name in values for key in changed
+                if name == f"{key}.type" or (name.startswith(f"{key}.") and name not in known)
+            }  # fmt: skip
+            kept = json.dumps({name: value for name, value in values.items() if name not in of_others})
+            argv[i if equals else i + 1] = f"{option}={kept}" if equals else kept
+    return argv
+
+
+def _refuse_blanks(parser: Parser, name: str, section: type, values: dict) -> None:
+    """A field without a value is none in YAML, which the parser takes for "not given"."""
+    for field in fields(section):
+        optional = field.default is None or type(None) in get_args(field.type)
+        if values[field.name] is None and not optional:
+            parser.exit(
+                2, f"{parser.prog}: error: {name}.{field.name} has no value; give one, or leave the field out\n"
+            )
 
 
 def _add_model(parser: Parser, name: str, section: Polymorphic, chosen: dict[str, str]) -> None:
@@ -189,10 +234,17 @@ def peek(name: str, argv: list[str] | None = None) -> str | None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", dest="files", action="append", nargs="?", default=[])
     first.add_argument(f"--{name}", dest="value", nargs="?")  # that a value is missing is the parser proper's to say
+    section, _, field = name.rpartition(".")
+    if section:
+        first.add_argument(f"--{section}", dest="section", nargs="?")  # --section '{field: value}'
     known, _ = first.parse_known_args(argv)
     files = [path for path in known.files if path is not None and Path(path).is_file()]
     given = {key: value for path in files for key, value in flatten(read_yaml(path)).items()}
-    return given.get(name) if known.value is None else known.value
+    if known.value is not None:
+        return known.value
+    inline = getattr(known, "section", None) or ""
+    fields_given = _yaml(inline, f"--{section}") if inline.lstrip().startswith("{") else {}
+    return fields_given.get(field, given.get(name))
 
 
 def has_config_file(argv: list[str] | None = None) -> bool:
@@ -251,9 +303,20 @@ def read_yaml(path: str | Path) -> dict:
     return values
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's own, but for a field given twice, of which it would keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"'{twice}' is given twice, the first time in{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str | bytes, where: str | Path):
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
 

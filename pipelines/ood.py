@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.images import ImageDataset, load_images
+from pipelines.images import DataConfig, ImageDataset, load_images
 
 NOISE = "noise"
 
@@ -73,7 +73,8 @@ def load_other(name: str, images: ImageDataset) -> NoiseImages | Unlabelled:
     config = replace(
         images.config,
         name="folder" if folder else name,
-        root=name if folder else images.config.root,
+        # a folder of images is no place for the files of another data set
+        root=name if folder else DataConfig.root if images.config.name == "folder" else images.config.root,
         max_images=len(images),
     )
     other = load_images(config, "test")

@@ -2,19 +2,20 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
 
-from pipelines.checkpoint import load_tokenizer
-from pipelines.config import differences, flatten, has_config_file, read_yaml, wants_json
-from pipelines.files import atomic_file
+from pipelines.checkpoint import CONFIG_NAME, load_tokenizer
+from pipelines.config import differences, flatten, has_config_file, peek, read_yaml, wants_json
+from pipelines.files import atomic_file, read_json
 from pipelines.images import DataConfig, ImageDataset, load_images
 from pipelines.launch import exit_process
 from pipelines.report import format_table
@@ -66,13 +67,22 @@ def run_script(main: Callable[[], Outcome | None]) -> None:
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise
-        exit_process(f"error: {' '.join(str(error).split())}")
+        exit_process(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         exit_process(130)
     except SystemExit as stop:  # of a run that was told to stop
         exit_process(stop.code or 0)
     if dist.is_initialized():
         exit_process()
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line; of one that a worker process raised, without its traceback."""
+    message = str(error)
+    if message.startswith("Caught ") and "Original Traceback" in message:
+        *_, last = re.finditer(r"^[\w.]+: ", message, re.MULTILINE)  # after the traceback: its class, and what it says
+        message = message[last.end() :]
+    return " ".join(message.split())
 
 
 def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:
@@ -147,10 +157,20 @@ def save_config(path: Path, config: dict) -> None:
 
 
 def saved_data_section(run: Path) -> dict:
-    """{"data": ...}: the data that a run's tokenizer was trained on, as it stands in its configuration."""
+    """{"data": ...}: the data that a run's tokenizer was trained on, as it stands in its configuration.
+
+    Of a pipeline that was saved without it, how images are prepared, where the command line names the data.
+    """
     path = run / "stage_one" / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {run} does not say which data its tokenizer was trained on")
+        if peek("data.name") is None:
+            raise ValueError(
+                f"{path} is missing: {run} does not say which data its tokenizer was trained on; give --data.name, and "
+                "--data.root where it is a folder"
+            )
+        known = {field.name for field in fields(DataConfig)}
+        preprocessing = read_json(run / "tokenizer" / CONFIG_NAME).get("preprocessing", {})
+        return {"data": {name: value for name, value in preprocessing.items() if name in known}}
     config = read_yaml(path)
     if not isinstance(config.get("data"), dict):
         raise ValueError(f"{path} has no section 'data'")

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pipelines.batches import StepBatches, derived_seed
-from pipelines.checkpoint import load_state, newest_state, save_state
+from pipelines.checkpoint import has_states, load_state, newest_state, save_state
 from pipelines.config import differences, flatten
 from pipelines.ema import EMA
 from pipelines.files import atomic_file, folder_lock, naming, read_json, write_json_atomic
@@ -239,7 +239,10 @@ def fit(
         run = _Run(accelerator, updates, train_data, validation_data, folder, config, resolved, on_evaluate)
         if on_start and accelerator.is_main_process:
             on_start()
-        return run.train(stop)
+        try:
+            return run.train(stop)
+        finally:
+            run.end_workers()
 
 
 class _Run:
@@ -252,7 +255,13 @@ class _Run:
         self.progress = _Progress()
         self.complaints: set[str] = set()
         self.skipped_steps = 0
+        self.loader: Iterator[dict] = iter(())
         self.state = newest_state(folder / "state")
+        if self.state is None and has_states(folder / "state"):
+            raise ValueError(
+                f"all states in {folder / 'state'} are damaged, so that the run cannot go on; to start anew, give "
+                f"another --output or remove {folder}"
+            )
         self.batches = self._step_batches(0)  # fails now, not after the model is prepared
         self._prepare()
         self._resume()
@@ -262,7 +271,7 @@ class _Run:
         start_step = progress.step
         if start_step < config.total_steps:
             self._start_trackers()
-            batches = self._loader()
+            self.loader = batches = self._loader()
             window = _LossWindow(accelerator)
             bar = self._progress_bar()
             for step in range(start_step, config.total_steps):
@@ -307,6 +316,11 @@ class _Run:
         steps_run = max(0, config.total_steps - start_step)
         return FitResult(progress.best_step, progress.best_metrics, self._best_weights(), steps_run)
 
+    def end_workers(self) -> None:
+        """Ends the processes that load data, which heed no signal: an error would otherwise wait for them for ever."""
+        if hasattr(self.loader, "_shutdown_workers"):
+            self.loader._shutdown_workers()
+
     # Paragraphs of the loop, in order
     # --------------------------------------------------------------------------------------------
 
@@ -343,7 +357,8 @@ class _Run:
         keys = StepBatches(len(self.train_data), size, seed=self.config.seed, total_steps=1).keys(0, 0)
         batch = _to_device(self.train_data.collate(self.train_data.__getitems__(keys)), self.accelerator.device)
         for update in self.updates:
-            update.module.to(self.accelerator.device).initialize(batch)
+            with _naming_memory(self.config):
+                update.module.to(self.accelerator.device).initialize(batch)
 
     def _resume(self) -> None:
         state = self.state
@@ -363,6 +378,7 @@ class _Run:
             self._take_own_buffers(update, tensors.get(f"{update.name}.processes", {}))
             _set_optimizer(update, tensors[f"{update.name}.optimizer"], saved["param_groups"])
             scheduler.load_state_dict(saved["scheduler"])
+            _set_learning_rates(scheduler)
         if self.accelerator.scaler is not None and info["scaler"]:
             self.accelerator.scaler.load_state_dict(info["scaler"])
         self.progress = _Progress(info["step"], *self._best_on_disk())
@@ -370,6 +386,12 @@ class _Run:
         if self.accelerator.is_main_process:
             _drop_log_after(self.folder / "log.jsonl", self.progress.step)
         self.accelerator.print(f"continuing from step {self.progress.step} ({state})")
+        total_steps = info["config"].get("training", {}).get("total_steps", self.config.total_steps)
+        if total_steps != self.config.total_steps and "constant" not in self.config.lr_schedule:
+            self.accelerator.print(
+                f"training.total_steps is {self.config.total_steps} in place of {total_steps}: from here on the "
+                f"learning rate follows the schedule of the new total, {self.learning_rate():.3g} now"
+            )
 
     def _best_on_disk(self) -> tuple[int, dict[str, float]]:
         """Step and metrics of the weights in best/, which after a kill may be newer than those in the state."""
@@ -419,7 +441,7 @@ class _Run:
         raise NonFiniteLossError(
             f"step {step}: {'loss ' + ', '.join(broken) if broken else 'the gradient'} is not finite; nothing was "
             f"updated, the last state is kept and the batch's indices are in {path}. "
-            "Lower training.learning_rate, or look at these images"
+            "Lower training.learning_rate (with another --output), or look at these images"
         )
 
     def scheduler_step(self) -> None:
@@ -439,6 +461,13 @@ class _Run:
             size = self.config.batch_size // self.config.gradient_accumulation_steps
             metrics = evaluate(accelerator, self.module, self.validation_data, size)
             self._log(progress.step, {f"validation/{k}": v for k, v in metrics.items()})
+            self._complain()
+            name = self.objective.best_metric
+            if not math.isfinite(metrics[name]):
+                raise NonFiniteLossError(
+                    f"step {progress.step}: validation {name} is {metrics[name]}; the last state is kept. "
+                    "Lower training.learning_rate (with another --output), or look at the validation data"
+                )
             # Under FSDP a picture would need all processes to sample together
             if (
                 self.on_evaluate
@@ -446,13 +475,6 @@ class _Run:
                 and accelerator.distributed_type != DistributedType.FSDP
             ):
                 self.on_evaluate(progress.step, self.objective.model)
-            self._complain()
-            name = self.objective.best_metric
-            if not math.isfinite(metrics[name]):
-                raise NonFiniteLossError(
-                    f"step {progress.step}: validation {name} is {metrics[name]}; the last state is kept. "
-                    "Lower training.learning_rate, or look at the validation data"
-                )
             best = progress.best_metrics.get(name, math.inf)
             if metrics[name] < best:
                 progress.best_step, progress.best_metrics = progress.step, metrics
@@ -476,7 +498,8 @@ class _Run:
 
     def _complain(self) -> None:
         """Says what the objective finds wrong with what it counted, once each; not before training is under way."""
-        if self.progress.step < min(self.config.warmup_steps, self.config.total_steps):
+        settling_steps = max(self.config.warmup_steps, self.objective.settling_steps)
+        if self.progress.step < min(settling_steps, self.config.total_steps):
             return
         for subject, text in self.objective.complaints().items():
             if subject not in self.complaints:
@@ -509,7 +532,12 @@ class _Run:
 
     def _best_weights(self) -> dict[str, Tensor]:
         # Read back from disk by every process, so that all go on with equal ones
-        tensors, _ = load_state(newest_state(self.folder / "best"))
+        best = newest_state(self.folder / "best")
+        if best is None:
+            raise ValueError(
+                f"{self.folder / 'best'} was removed or damaged while training went on; run the command again"
+            )
+        tensors, _ = load_state(best)
         return {name.removeprefix("model."): t for name, t in tensors["weights"].items() if name.startswith("model.")}
 
     def _gather_own_buffers(self, update: Update) -> dict[str, Tensor]:
@@ -527,10 +555,12 @@ class _Run:
 
     def _surroundings(self) -> dict:
         """What decides the run beside its configuration."""
+        data = {"training data": self.train_data, "validation data": self.validation_data}
         return {
             "training images": len(self.train_data),
             "validation images": len(self.validation_data),
             "mixed precision": self.accelerator.mixed_precision,
+            **{name: part.contents for name, part in data.items() if hasattr(part, "contents")},
         }
 
     def _check_same_run(self, info: dict, state: Path) -> None:
@@ -538,7 +568,10 @@ class _Run:
             name: values
             for name, values in differences(info["config"], self.resolved).items()
             if name not in FREE_TO_CHANGE
-        } | differences(info.get("surroundings", {}), self._surroundings())
+        }
+        # a state of an earlier version says less of them
+        known = info.get("surroundings", {})
+        changed |= differences(known, {name: now for name, now in self._surroundings().items() if name in known})
         if changed:
             listed = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
             raise ValueError(
@@ -700,6 +733,15 @@ def _make_shardable(module: nn.Module) -> None:
             f"FSDP cannot shard a parameter that is one number ({', '.join(scalars)}); launch without --use_fsdp, "
             "DDP holds the whole model on each device, or take a likelihood without a scale"
         )
+
+
+def _set_learning_rates(scheduler) -> None:
+    """Those of its step: a state's are of its own schedule, which another total of steps changes."""
+    scheduler._last_lr = [
+        base_lr * factor(scheduler.last_epoch) for base_lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)
+    ]
+    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
+        group["lr"] = lr
 
 
 # The functions below gather and scatter whole states whether the model is alone, under DDP or sharded by FSDP

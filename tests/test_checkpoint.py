@@ -185,6 +185,12 @@ def test_the_habit_methods_load_what_they_name(folder, tmp_path):
     assert type(VQVAE.from_pretrained(folder)) is type(Tokenizer.from_pretrained(folder)) is VQVAE
     assert type(Tokenizer.from_pretrained(str(tmp_path / "two"))) is VQVAE2
     assert type(Prior.from_pretrained(tmp_path / "prior")) is PixelCNN
+    assert type(Prior.from_pretrained(tmp_path, subfolder="prior")) is PixelCNN
+    half = Prior.from_pretrained(tmp_path, subfolder="prior", device="cpu", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    for subfolder in ("three", "../", "/"):
+        with pytest.raises(ValueError, match=rf"has no folder '{subfolder}' within"):
+            Prior.from_pretrained(tmp_path / "prior", subfolder=subfolder)
     with pytest.raises(ValueError, match="holds a VQVAE2, not a VQVAE"):
         VQVAE.from_pretrained(tmp_path / "two")
     with pytest.raises(ValueError, match="unknown tokenizer 'pixelcnn'"):

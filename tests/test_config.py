@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from pipelines.checkpoint import build_prior, build_tokenizer
 from pipelines.config import Polymorphic, differences, parse, peek, plain, wants_json
 from pipelines.images import DataConfig
-from pipelines.runs import Outcome, find_run, run_script, save_config, saved_data_section
+from pipelines.runs import Outcome, find_run, one_line, run_script, save_config, saved_data_section
 from pipelines.training import TrainingConfig
+from pipelines.two_stage import Pipeline
 from prior import PRIORS
 from tests import tiny
 from tokenizer import TOKENIZERS
@@ -143,10 +145,33 @@ def test_a_wrong_argument_is_refused_on_one_line_with_the_nearest_known(argv, me
         ("- data", "must hold fields and their values, it holds a list"),
         ("", "must hold fields and their values, it holds nothing"),
         ("data: [1,", "a.yaml is not valid YAML"),
+        ("training: {seed: 1}\ntraining: {total_steps: 5}", "'training' is given twice"),
+        ("data: {max_images: 1, max_images: 2}", "'max_images' is given twice"),
+        ("training:\n  total_steps:", "training.total_steps has no value; give one, or leave the field out"),
+        ("training: {mixed_precision: no}", 'YAML reads a bare no as false; write "no" in quotes'),
     ],
 )
 def test_a_wrong_yaml_file_is_refused_on_one_line(text, message, tmp_path, capsys):
     assert message in refusal(capsys, "--config", yaml_file(tmp_path, text))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_type_on_the_command_line_leaves_the_fields_of_another_in_yaml_aside(first, tmp_path):
+    text = (
+        "tokenizer: {type: vqvae, quantizer: {type: ema_vq, codebook_size: 64, code_dim: 8}, latent_dim: 5}\n"
+        "training: {batch_size: 7}"
+    )
+    file, override = ["--config", yaml_file(tmp_path, text)], ["--tokenizer.quantizer.type=vq"]
+    config = read(*file, *override) if first else read(*override, *file)
+    assert config["tokenizer"]["quantizer"] == read(*override)["tokenizer"]["quantizer"] | {
+        "codebook_size": 64, "code_dim": 8,  # which both have
+    }  # fmt: skip
+    assert (config["tokenizer"]["latent_dim"], config["training"]["batch_size"]) == (5, 7)
+    config = read(*file, "--tokenizer.quantizer.type=fsq")
+    assert config["tokenizer"]["quantizer"] == read("--tokenizer.quantizer.type=fsq")["tokenizer"]["quantizer"]
+    config = read(f"--config={file[1]}", "--tokenizer.type=dvae", "--tokenizer.num_groups=4")
+    assert (config["tokenizer"]["type"], config["tokenizer"]["num_groups"]) == ("dvae", 4)
+    assert config["training"]["batch_size"] == 7
 
 
 def test_help_keeps_the_lines_of_the_description(capsys):
@@ -197,6 +222,16 @@ def test_a_run_remembers_the_data_of_its_tokenizer(tmp_path):
         saved_data_section(tmp_path)
 
 
+def test_a_pipeline_without_a_run_says_how_images_are_prepared_where_the_data_are_named(tmp_path, monkeypatch):
+    prepared = {"image_size": [8, 8], "channels": 3, "crop": "center", "binarize": "none"}
+    options = {**tiny.TOKENIZERS["vqvae"], "preprocessing": {**prepared, "value_range": [0, 1]}}
+    Pipeline(build_tokenizer({"type": "vqvae", **options})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not say which data .* give --data.name, and --data.root"):
+        saved_data_section(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--data.name", "digits"])
+    assert saved_data_section(tmp_path) == {"data": prepared}
+
+
 def test_a_recipe_by_default_holds_for_the_types_that_it_names():
     recipe = {"prior": {"type": "pixelcnn", "num_layers": 3, "kernel_size": 7}}
     config = parse("", SECTIONS, Options, [], defaults=lambda: recipe)["prior"]
@@ -221,6 +256,8 @@ def test_the_newest_run_is_found_unless_one_is_named(tmp_path):
 def test_peek_reads_one_value_and_leaves_complaints_to_the_parser():
     assert peek("run", ["--x", "1", "--run", "a"]) == peek("run", ["--run=a"]) == "a"
     assert peek("run", ["--running", "a"]) is peek("run", ["--run"]) is None
+    assert peek("data.name", ["--data", "{name: scenes}"]) == peek("data.name", ["--data.name=scenes"]) == "scenes"
+    assert peek("data.name", ["--data", "{root: a}"]) is peek("data.name", ["--data", "name"]) is None
 
 
 SMALL = st.recursive(
@@ -278,3 +315,14 @@ def test_json_alone_goes_to_standard_output_and_an_outcomes_error_to_the_exit_st
             run_script(main)
         assert exit_status.value.code == "error: one failed"
         assert capsys.readouterr().out == said
+
+
+class Broken(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        raise ValueError("the picture\n  is broken")
+
+
+def test_the_error_of_a_worker_is_said_without_its_traceback():
+    with pytest.raises(ValueError, match="Original Traceback") as raised:
+        next(iter(torch.utils.data.DataLoader(Broken(), sampler=[0], num_workers=1)))
+    assert one_line(raised.value) == one_line(ValueError("the\npicture is broken")) == "the picture is broken"

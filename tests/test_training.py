@@ -1,5 +1,6 @@
 """The loop: order of data, exact continuation, accumulation, averages, and what it refuses."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ from prior.bits import BitPrior
 from tests import tiny
 from tokenizer import TOKENIZERS
 from tokenizer.quantizers import QUANTIZERS
+from tokenizer.registry import build
 
 CONFIG = TrainingConfig(
     total_steps=6, batch_size=8, warmup_steps=2, eval_every=3, save_every=2, log_every=2, tracker="none", cpu=True
@@ -222,6 +224,26 @@ def test_a_damaged_state_is_passed_over(tmp_path):
     assert_same_state(tmp_path / "whole", tmp_path / "damaged")
 
 
+def test_a_run_whose_states_are_all_damaged_is_not_begun_anew(tmp_path):
+    train("gpt", tmp_path)
+    for path in (tmp_path / "state").glob("*/model.weights.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    damaged = pytest.warns(UserWarning, match="falling back to the state before it")
+    with damaged, pytest.raises(ValueError, match=r"all states in .* are damaged"):
+        train("gpt", tmp_path, replace(CONFIG, learning_rate=0.5))
+    assert list((tmp_path / "best").glob("step-*"))
+
+
+def test_a_prolonged_run_takes_its_first_step_at_the_rate_of_its_new_schedule(tmp_path, capsys):
+    config = replace(CONFIG, lr_schedule="linear", warmup_steps=0, total_steps=4, log_every=1)
+    train("gpt", tmp_path, config)
+    train("gpt", tmp_path, replace(config, total_steps=8))
+    rates = [line["train/learning_rate"] for line in read_log(tmp_path) if "train/learning_rate" in line]
+    # logged after each step: the rate of the next
+    assert rates[4:] == pytest.approx([config.learning_rate * left / 8 for left in (3, 2, 1, 0)])
+    assert "follows the schedule of the new total, 0.0005 now" in capsys.readouterr().out
+
+
 def test_another_configuration_is_refused_by_name(tmp_path):
     train("gpt", tmp_path)
     with pytest.raises(ValueError, match=r"training.learning_rate: 0.001 -> 0.5.*--output"):
@@ -297,6 +319,16 @@ def test_a_refused_run_overwrites_nothing(tmp_path):
     with pytest.raises(ValueError, match="another configuration"):
         train("gpt", tmp_path, replace(CONFIG, learning_rate=0.5), on_start=lambda: started.append(2))
     assert started == [1]
+
+
+def test_an_error_ends_the_workers_that_heed_no_signal(tmp_path):
+    def break_down(step, model):
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault") as raised:  # whose traceback keeps the loader alive
+        train("vqvae-fsq", tmp_path, replace(CONFIG, num_workers=2), on_evaluate=break_down)
+    assert multiprocessing.active_children() == []
+    assert raised.value.__traceback__ is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are told apart by fork")
@@ -413,6 +445,19 @@ def test_a_collapsed_codebook_is_said_once_with_numbers_and_advice(tmp_path, cap
     assert len(said) == 1
     assert "codebook of level 0 has collapsed: 6.2% of its 16 codes are used, perplexity 1.0" in said[0]
     assert "revive_below" in said[0]
+
+
+def test_entries_that_are_not_replaced_yet_are_no_collapse():
+    # an average of 1 that decays by 0.99 is below 0.03 after 349 steps
+    assert TokenizerLoss(build_tokenizer({"type": "vqvae", **tiny.TOKENIZERS["vqvae"]})).settling_steps == 349
+    assert build("quantizer", QUANTIZERS, {"type": "ema_vq", "revive_below": 0.0}).settling_steps == 0
+    assert build("quantizer", QUANTIZERS, {"type": "ema_vq", "decay": 0.0}).settling_steps == 0
+
+
+def test_a_prior_says_what_is_wrong_with_it(monkeypatch):
+    objective, *_ = make(BIT_PRIORS[0])
+    monkeypatch.setattr(objective.model, "complaints", lambda: {"chains": "they are frozen"})
+    assert objective.complaints() == {"chains": "they are frozen"}
 
 
 def test_a_validation_metric_that_is_not_finite_is_an_error(tmp_path):
@@ -566,6 +611,39 @@ def test_a_compiled_model_trains_alike_and_is_saved_under_the_same_names(model, 
 
 
 # --- sharding -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_not_continued_with_as_many_other_images(tmp_path, monkeypatch):
+    train("gpt", tmp_path / "earlier")  # whose state does not say what the data were
+    monkeypatch.setattr(Codes, "contents", "some", raising=False)
+    assert train("gpt", tmp_path / "earlier").steps_run == 0
+    train("gpt", tmp_path / "later")
+    monkeypatch.setattr(Codes, "contents", "others")
+    with pytest.raises(ValueError, match=r"another configuration \(training data: some -> others"):
+        train("gpt", tmp_path / "later")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch's own compiler
+@pytest.mark.parametrize("quantizer", ["ema_vq", "residual"])
+def test_a_compiled_quantizer_is_not_compiled_anew_for_each_micro_batch(quantizer):
+    quantizer = build("quantizer", QUANTIZERS, {"type": quantizer, **tiny.QUANTIZERS[quantizer]})
+    compiled, h = torch.compile(quantizer, backend="eager"), torch.randn(2, 4, 3, 3, requires_grad=True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(12):
+            compiled(h)
+    quantizer.after_step()
+
+
+@pytest.mark.parametrize("model", ["vqvae-fsq", "vqvae-ema_vq", "dvaepp"])
+def test_training_goes_on_from_loaded_weights_as_they_are(model, tmp_path):
+    objective, train_data, validation_data = make(model)
+    objective.initialize(train_data.collate(train_data.__getitems__([(0, 0), (1, 1), (2, 2)])))
+    weights = copy.deepcopy(objective.model.state_dict())
+    for loaded in (objective.model, make(model)[0].model):
+        loaded.load_state_dict(weights)
+        TokenizerLoss(loaded).initialize(validation_data.collate(validation_data.__getitems__([0, 1, 2])))
+        assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
 
 
 def test_what_fsdp_cannot_shard_is_said_before_it_fails(tmp_path, monkeypatch):
