@@ -62,7 +62,8 @@ class LogPartition:
             raise ValueError(
                 f"log Z is not known well enough for a likelihood: annealing gives {self.lower:.3f} nats from the base "
                 f"and {self.upper:.3f} from the chains, {self.gap:.3f} apart and not within {LARGEST_GAP}; "
-                "raise ais_temperatures and ais_chains, or burn_in if the chains mix slowly"
+                "raise ais_temperatures and ais_chains, or burn_in if the chains mix slowly "
+                "(pipeline.prior.ais_temperatures = 10_000)"
             )
         return self
 

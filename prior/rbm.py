@@ -70,8 +70,10 @@ class RBM(BitPrior):
         chains: (num_chains, n) uint8 states, saved with the model. Each process of a distributed run has its own.
         per_process_buffers: names of the buffers that differ between processes, for a loop that saves them.
         autocorrelation: of the chains over the last training step: 1 where they are frozen.
-        burn_in: sweeps that `sample` makes, from a state of `chains` that the image's own noise chooses. It starts as
-            the configuration's and may be changed; `callback` follows it.
+        burn_in: sweeps that `sample` makes, from a state of `chains` that the image's own noise chooses; `callback`
+            follows it.
+        ais_chains, ais_temperatures: of estimates of log Z. Like burn_in they start as the configuration's and may be
+            changed; the next estimate follows.
     Args:
         config: code space, sides and chains.
     """
@@ -81,7 +83,8 @@ class RBM(BitPrior):
 
     def __init__(self, config: RBMConfig):
         super().__init__(config)
-        self.burn_in = config.burn_in
+        self.burn_in, self.ais_chains = config.burn_in, config.ais_chains
+        self.ais_temperatures = config.ais_temperatures
         self.weight = nn.Parameter(torch.zeros(self.num_left, self.num_right))
         self.left_bias = nn.Parameter(torch.zeros(self.num_left))
         self.right_bias = nn.Parameter(torch.zeros(self.num_right))
@@ -95,9 +98,9 @@ class RBM(BitPrior):
             hot = _random_bits(config.num_temperatures - 1, config.num_chains, self.num_bits)
             self.register_buffer("hot_chains", hot)
             self.per_process_buffers += ("hot_chains",)
-        self._before: Tensor | None = None  # chains before the last move
+        self._before: Tensor | None = None  # chains before the last sweeps
         self._started = False
-        self._cached: tuple[Boltzmann, LogPartition] | None = None
+        self._cached: tuple[Boltzmann, tuple[int, ...], LogPartition] | None = None  # of which parameters and sizes
 
     def boltzmann(self) -> Boltzmann:
         """The present parameters, detached."""
@@ -166,6 +169,8 @@ class RBM(BitPrior):
                 old = Boltzmann(*(getattr(self, f"old_{name}").to(left.dtype) for name in Boltzmann._fields))
                 left, right, _ = reweight_population(left, right, old, parameters)
                 self._remember(parameters)
+                # rows that resampling shifted have not mixed
+                self._before = torch.cat([left, right], dim=1).to(self.chains.dtype)
             gibbs = BlockGibbs(left, right)
             gibbs.sweep(parameters, self.config.num_sweeps)
             self.chains.copy_(torch.cat([gibbs.left, gibbs.right], dim=1))
@@ -195,10 +200,10 @@ class RBM(BitPrior):
 
     @property
     def autocorrelation(self) -> float:
-        """Correlation of the chains' states before and after the last move, over all units, about their mean states.
+        """Correlation of the chains' states before and after the last sweeps, over all units, about their mean states.
 
         0 where as many bits changed as between independent states, 1 where none did, also if no unit varies at all;
-        NaN before the first move.
+        NaN before the first sweeps.
         """
         if self._before is None:
             return math.nan
@@ -244,8 +249,8 @@ class RBM(BitPrior):
                 f"the largest weight of the RBM is {largest:.1f} nats, more than {LARGEST_WEIGHT:g}: chains cross such "
                 "a bond once in e^|W| sweeps; decay the weights of the RBM or lower its learning rate"
             )
-        if self._cached is not None and not self._cached[1].agree:
-            estimate = self._cached[1]
+        if self._cached is not None and not self._cached[-1].agree:
+            estimate = self._cached[-1]
             found["log Z"] = (
                 f"the estimates of log Z disagree: {estimate.lower:.2f} and {estimate.upper:.2f} nats; likelihoods are "
                 "not to be trusted; raise ais_temperatures, ais_chains or burn_in"
@@ -262,25 +267,26 @@ class RBM(BitPrior):
 
     @torch.no_grad()
     def log_partition(self) -> LogPartition:
-        """log Z of the present parameters, computed anew only where they changed since the last call.
+        """log Z of the present parameters, computed anew only where they or an estimate's sizes have changed.
 
         Estimates take seconds. They use a seed of their own and the present chains, without moving them.
         """
         parameters = self.boltzmann()
-        if self._cached is None or not _equal(parameters, self._cached[0]):
+        exact = min(self.num_left, self.num_right) <= LARGEST_SUM
+        sizes = () if exact else (self.burn_in, self.ais_chains, self.ais_temperatures)
+        if self._cached is None or self._cached[1] != sizes or not _equal(parameters, self._cached[0]):
             with torch.autocast(self.weight.device.type, enabled=False):
-                exact = min(self.num_left, self.num_right) <= LARGEST_SUM
                 value = exact_log_partition(parameters) if exact else self._estimated_log_partition(parameters)
-            self._cached = Boltzmann(*(p.clone() for p in parameters)), value
-        return self._cached[1]
+            self._cached = Boltzmann(*(p.clone() for p in parameters)), sizes, value
+        return self._cached[-1]
 
     def _estimated_log_partition(self, parameters: Boltzmann) -> LogPartition:
         generator = torch.Generator(self.chains.device).manual_seed(0)
-        rows = torch.arange(self.config.ais_chains, device=self.chains.device) % len(self.chains)
+        rows = torch.arange(self.ais_chains, device=self.chains.device) % len(self.chains)
         gibbs = BlockGibbs(*self._chain_sides(self.chains[rows]), generator=generator)
         gibbs.sweep(parameters, self.burn_in)
         return estimated_log_partition(
-            parameters, gibbs.left, gibbs.right, num_temperatures=self.config.ais_temperatures, generator=generator
+            parameters, gibbs.left, gibbs.right, num_temperatures=self.ais_temperatures, generator=generator
         )
 
     # Sampling

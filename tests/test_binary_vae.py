@@ -617,6 +617,84 @@ def test_balancing_taxes_groups_in_proportion_to_their_use_and_ends_with_the_war
     torch.testing.assert_close(balanced_kl(local, 0.5), expected, rtol=1e-3, atol=1e-3)
 
 
+def conv_bound(name: str, num_draws: int, shift: float) -> tuple[BinaryVAE, torch.Tensor, torch.Tensor]:
+    """A model whose local posteriors lie `shift` from their priors, an image, and the loss without log Z."""
+    network = {"type": "conv", "hidden_dims": (8, 8), "local_dims": (1, 0), "global_dim": 8}
+    model = make(name, 0.15, image_shape=(1, 4, 4), network=network, num_draws=num_draws)
+    posterior = model.network.locals[0].posterior[1]
+    x = (torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.5).double()
+    with torch.no_grad():
+        posterior.weight.zero_()
+        posterior.bias.copy_(torch.tensor([shift, 0.0]))
+        torch.manual_seed(1)
+        losses, _, _ = model.bound(x.expand(num_draws, -1, -1, -1), 1.0)
+    return model, x, losses.get("bound", losses.get("bound_minus_log_partition"))
+
+
+@pytest.mark.parametrize("name", ["concrete", "dvaesharp", "gaussian_integral", "gumbolt"])
+def test_the_bound_of_many_draws_does_not_depend_on_the_local_posterior(name):
+    """Its KL of 1.28 nats in four latents is what the analytic one would be off by."""
+    bounds = [conv_bound(name, 4000, shift)[2].item() for shift in (0.8, 0.0)]
+    assert bounds[0] == pytest.approx(bounds[1], abs=0.2)  # weights vary by 3.5 times their mean
+
+
+def test_the_loss_of_many_draws_is_the_evaluated_bound():
+    model, x, loss = conv_bound("vimco", 400, 0.8)
+    torch.manual_seed(1)  # the same draws
+    draw = model.draw_posterior(x.expand(400, -1, -1, -1))
+    log_weights = draw.log_likelihood + model.log_prior(draw.codes) - draw.log_q
+    expected = math.log(400) - log_weights.logsumexp(dim=0)
+    torch.testing.assert_close(loss + model.prior.log_partition().value, expected)
+
+
+def test_the_mean_of_one_draw_bounds_keeps_the_analytic_kl_of_local_latents():
+    at_prior, shifted = (conv_bound("reinforce", 400, shift)[2].item() for shift in (0.0, 0.8))
+    assert shifted - at_prior == pytest.approx(4 * 0.8**2 / 2, abs=0.1)  # the draws' own would vary by 0.08
+
+
+# Precision
+
+
+@pytest.mark.parametrize("name", ["gaussian_integral", "dvaesharp"])
+def test_marginal_densities_are_float32_also_under_autocast_and_in_half_precision(name):
+    model = make(name, num_groups=2, bits_per_group=8).float()
+    model.prior.bfloat16()  # parameters that are the same numbers in float32
+    latents = torch.randn(20, 16)
+    arguments = (4.0,) if name == "gaussian_integral" else ()
+    density = unnormalized_log_density if name == "gaussian_integral" else unnormalized_log_marginal
+    expected = density(model.prior.float(), latents, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(density(model.prior, latents, *arguments), expected)
+    assert torch.equal(density(model.prior.bfloat16(), latents, *arguments), expected)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_bits_drawn_in_half_precision_follow_log_q(training):
+    logits = torch.tensor([-10.0, -7.0, -5.0, 0.0])  # that bfloat16 holds exactly
+    model = make("vimco", num_groups=1, bits_per_group=4, network={"type": "mlp", "num_layers": 0}).float()
+    with torch.no_grad():
+        model.network.encoders[0][0].weight.zero_()
+        model.network.encoders[0][0].bias.copy_(logits)
+    images = image().float().expand(200_000, -1, -1, -1)
+    torch.manual_seed(0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        drawn = model.bound(images, 1.0)[1].latents if training else model.draw_posterior(images).codes[0]
+    p = logits.double().sigmoid()
+    error = (p * (1 - p) / len(images)).sqrt()
+    assert ((drawn.double().mean(dim=0) - p).abs() < 5 * error + 1 / len(images)).all()
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_step_in_float32_may_be_followed_by_one_in_half_precision(name):
+    model, x = make(name).float().train(), image().float().expand(4, -1, -1, -1)
+    model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(x).losses
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert {nats.dtype for nats, _ in model.nats_by_group.values()} == {torch.float32}
+
+
 # Refusals
 
 

@@ -210,6 +210,23 @@ def test_several_draws_are_averaged_as_weights():
     assert losses(tokenizer, images)["bound"].item() == pytest.approx(-model.log_prob(images).mean().item(), abs=0.05)
 
 
+def test_several_draws_weigh_local_latents_at_their_draws():
+    """As evaluation does; with their analytic KL in the weights the loss would be no bound."""
+    network = {"type": "conv", "hidden_dims": (8, 8), "local_dims": (2, 2), "global_dim": 8}
+    torch.manual_seed(0)
+    model = make(image_shape=(1, 4, 4), likelihood={"type": "bernoulli"}, network=network, num_draws=400)
+    with torch.no_grad():
+        for latents in model.network.locals:
+            latents.posterior[1].bias += 0.5
+    image = torch.rand(1, 1, 4, 4).round()
+    torch.manual_seed(1)
+    loss = losses(model, image)["bound"]
+    torch.manual_seed(1)  # the same draws
+    expected = math.log(400) - log_weights(model, image.expand(400, -1, -1, -1)).logsumexp(0)
+    torch.testing.assert_close(loss, expected)
+    assert sum(model.nats_by_group[f"local latents {side}x{side}"][0] for side in (2, 4)) > 2
+
+
 def test_the_divergence_is_that_of_quadrature():
     q = DiagonalNormal(torch.tensor([[0.7, -1.2]]), torch.tensor([[-0.5, 0.4]]))
     z = torch.linspace(-15, 15, 30001, dtype=torch.float64)

@@ -98,10 +98,11 @@ class BinaryVAE(LatentVAE):
     def infer(self, features: Sequence[Tensor], first: Tensor, sample: bool) -> Inferred:
         bits, log_q = [], []
         for group in range(self.config.num_groups):
-            logits = self.posterior_logits(first if group == 0 else self.network.infer(features, group, bits))
+            parameters = first if group == 0 else self.network.infer(features, group, bits)
+            logits = self.posterior_logits(at_least_float32(parameters))
             drawn = torch.rand_like(logits) < logits.sigmoid() if sample else logits > 0
-            bits.append(drawn.to(logits.dtype))
-            log_q.append(log_bernoulli(logits, bits[-1]))
+            bits.append(drawn.to(parameters.dtype))  # the network's own type, for it to go on with
+            log_q.append(log_bernoulli(logits, drawn.to(logits.dtype)))
         latents = torch.cat(bits, dim=1)
         return Inferred((latents.long(),), latents, torch.stack(log_q).sum(dim=0))
 
@@ -118,15 +119,17 @@ class BinaryVAE(LatentVAE):
         """A differentiable pass through the groups, and the features of the images.
 
         Args:
-            draw: a function of the parameters (B, outputs_per_latent * n_g) of one group to its logits, its latents
-                and, in the place of the log ratio, anything else of that shape or None.
+            draw: a function of the parameters (B, outputs_per_latent * n_g) of one group, in float32 or better, to its
+                logits, its latents and, in the place of the log ratio, anything else of that shape or None.
         """
         features = self.features(images)
-        logits, latents, ratios = [], [], []
+        before, logits, latents, ratios = [], [], [], []
         for group in range(self.config.num_groups):
-            parts = draw(self.network.infer(features, group, latents))
+            parameters = self.network.infer(features, group, before)
+            parts = draw(at_least_float32(parameters))
             for kept, part in zip((logits, latents, ratios), parts):
                 kept.append(part)
+            before.append(latents[-1].to(parameters.dtype))
         ratio = None if ratios[0] is None else torch.cat(ratios, dim=1)
         return Posterior(torch.cat(logits, dim=1), torch.cat(latents, dim=1), ratio), features
 
@@ -145,6 +148,11 @@ class BinaryVAE(LatentVAE):
     def decayed_weights(self) -> list[nn.Parameter]:
         couplings = [self.prior.weight] if isinstance(self.prior, RBM) else []
         return [*super().decayed_weights(), *couplings]
+
+
+def at_least_float32(parameters: Tensor) -> Tensor:
+    """For draws to follow log q: bfloat16 has 256 uniform numbers, the least of which is 0."""
+    return parameters.to(torch.promote_types(parameters.dtype, torch.float32))
 
 
 def log_bernoulli(logits: Tensor, bits: Tensor) -> Tensor:

@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prior.base import Prior
 from prior.bernoulli import Bernoulli
+from prior.bits import BitPrior
 from tokenizer.binary_vae import Posterior
 from tokenizer.dvaepp import DVAEPP
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import importance_weighted, local_kl
+from tokenizer.latent_vae import importance_weighted, local_rate
 
 MEAN_FIELD_SWEEPS = 5
 
@@ -32,7 +32,7 @@ class DVAESharp(DVAEPP):
         # r(zeta | 0) is a factor of both densities
         log_q = torch.logaddexp(F.logsigmoid(posterior.logits) + posterior.log_ratio, F.logsigmoid(-posterior.logits))
         log_p = unnormalized_log_marginal(self.prior, posterior.log_ratio)
-        local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+        local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, self.config.num_draws)
         log_weights = kl_weight * (log_p - log_q.sum(dim=1)) - self.distortion(decoded, images) - local
         losses = {
             "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
@@ -41,20 +41,26 @@ class DVAESharp(DVAEPP):
         return losses, posterior, decoded
 
 
-def unnormalized_log_marginal(prior: Prior, log_ratio: Tensor) -> Tensor:
+def unnormalized_log_marginal(prior: BitPrior, log_ratio: Tensor) -> Tensor:
     """log sum_z exp(-energy(z) + log_ratio . z), (B,) nats: exact for `Bernoulli`, a lower bound for `RBM`.
 
-    By mean field; its gradient takes the means as constant, where the bound is stationary in them.
+    By mean field; its gradient takes the means as constant, where the bound is stationary in them. In float32 or better
+    also under autocast, as energies are.
     """
+    with torch.autocast(log_ratio.device.type, enabled=False):
+        return _log_marginal(prior, log_ratio.to(prior.energy_dtype))
+
+
+def _log_marginal(prior: BitPrior, log_ratio: Tensor) -> Tensor:
     left = prior.left_bias + log_ratio[:, : len(prior.left_bias)]
     right = prior.right_bias + log_ratio[:, len(prior.left_bias) :]
     if isinstance(prior, Bernoulli):
         return F.softplus(left).sum(dim=1) + F.softplus(right).sum(dim=1)
     with torch.no_grad():
-        mean_left = torch.full_like(left, 0.5)
+        weight, mean_left = prior.weight.to(left.dtype), torch.full_like(left, 0.5)
         for _ in range(MEAN_FIELD_SWEEPS):
-            mean_right = torch.sigmoid(torch.addmm(right, mean_left, prior.weight))
-            mean_left = torch.sigmoid(torch.addmm(left, mean_right, prior.weight.T))
+            mean_right = torch.sigmoid(torch.addmm(right, mean_left, weight))
+            mean_left = torch.sigmoid(torch.addmm(left, mean_right, weight.T))
         means = torch.cat([mean_left, mean_right], dim=1)
         entropy = -(torch.special.xlogy(means, means) + torch.special.xlog1py(1 - means, -means)).sum(dim=1)
     return -prior.energy(mean_left, mean_right) + (log_ratio * means).sum(dim=1) + entropy

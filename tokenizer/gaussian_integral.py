@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prior.rbm import RBM
 from tokenizer.binary_vae import BinaryVAE, BinaryVAEConfig, Posterior
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import importance_weighted, local_kl
+from tokenizer.latent_vae import importance_weighted, local_rate
 from tokenizer.smoothing import slope_of_mixture
 
 
@@ -59,7 +59,7 @@ class GaussianIntegral(BinaryVAE):
         )
         decoded = self.decode_latents(latents, features)
         log_p = unnormalized_log_density(self.prior, latents, self.config.beta)
-        local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+        local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, self.config.num_draws)
         log_weights = kl_weight * (log_p - log_q.sum(dim=1)) - self.distortion(decoded, images) - local
         losses = {
             "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
@@ -93,15 +93,24 @@ def relax_normal(logits: Tensor, shift: Tensor, width: Tensor) -> tuple[Tensor, 
 
 
 def unnormalized_log_density(prior: RBM, zeta: Tensor, beta: float) -> Tensor:
-    """log p(zeta) + log Z, (B,) nats, with precision lambda = max(beta, largest singular value of W + 5)."""
-    left, right = zeta.split([len(prior.left_bias), len(prior.right_bias)], dim=1)
-    gram = prior.weight.T @ prior.weight
+    """log p(zeta) + log Z, (B,) nats, with precision lambda = max(beta, largest singular value of W + 5).
+
+    In float32 or better also under autocast, as energies are: matrices cannot be factorised in less.
+    """
+    with torch.autocast(zeta.device.type, enabled=False):
+        parameters = (prior.weight, prior.left_bias, prior.right_bias)
+        return _log_density(*(part.to(prior.energy_dtype) for part in (*parameters, zeta)), beta)
+
+
+def _log_density(weight: Tensor, left_bias: Tensor, right_bias: Tensor, zeta: Tensor, beta: float) -> Tensor:
+    left, right = zeta.split([len(left_bias), len(right_bias)], dim=1)
+    gram = weight.T @ weight
     with torch.no_grad():
         largest = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()
         precision = (largest + 5).clamp(min=beta)
     # Schur's complement: logdet M = n log lambda + logdet(I - W'W / lambda^2)
     factor = torch.linalg.cholesky(torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - gram / precision**2)
     logdet = zeta.shape[1] * (precision.log() - math.log(2 * math.pi)) + 2 * factor.diagonal().log().sum()
-    field = torch.cat([right @ prior.weight.T, left @ prior.weight], dim=1) + precision * zeta
-    biases = torch.cat([prior.left_bias, prior.right_bias])
+    field = torch.cat([right @ weight.T, left @ weight], dim=1) + precision * zeta
+    biases = torch.cat([left_bias, right_bias])
     return logdet / 2 + (F.softplus(biases + field - precision / 2) - zeta * field / 2).sum(dim=1)

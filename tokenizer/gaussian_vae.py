@@ -18,7 +18,7 @@ from tokenizer.latent_vae import (
     balanced_kl,
     check_at_least,
     importance_weighted,
-    local_kl,
+    local_rate,
 )
 
 # Of log standard deviations: exp of what lies beyond would leave float32 after one bad step
@@ -124,7 +124,7 @@ class GaussianVAE(LatentVAE):
             kl = q.log_prob(z) - self.prior.log_density(z)
             nats = charged = kl.mean()
         if config.num_draws > 1:
-            local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+            local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, config.num_draws)
             log_weights = -distortion - config.beta * (kl_weight * kl + local)
             return {"bound": importance_weighted(log_weights, config.num_draws).mean()}, nats
         losses = {"reconstruction": distortion.mean(), "kl": config.beta * kl_weight * charged}

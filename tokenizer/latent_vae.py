@@ -273,8 +273,8 @@ class LatentVAE(Tokenizer):
         local = {name: (group.kl.mean(), group.num_dims) for name, group in trained.decoded.local.items()}
         self._local_groups = set(local)
         for name, (nats, num_latents) in {**trained.nats, **local}.items():
-            known = self.nats_by_group.get(name, (nats, num_latents))[0]
-            self.nats_by_group[name] = (torch.lerp(known, nats.detach(), 0.02), num_latents)
+            known = self.nats_by_group.get(name, (nats.float(), num_latents))[0]
+            self.nats_by_group[name] = (torch.lerp(known, nats.detach().float(), 0.02), num_latents)
 
     # Parts
     # --------------------------------------------------------------------------------------------
@@ -324,6 +324,15 @@ def balanced_kl(local: dict[str, LocalGroup], kl_weight: float) -> Tensor | floa
 def local_kl(local: dict[str, LocalGroup]) -> Tensor | float:
     """Sum over the groups of local latents, (B,) nats."""
     return _total([group.kl for group in local.values()])
+
+
+def local_rate(local: dict[str, LocalGroup], num_draws: int) -> Tensor | float:
+    """What the local latents h cost in a log weight of the `num_draws`-draw bound, (B,) nats.
+
+    One draw has the analytic KL, which varies less. Several need log q(h) - log p(h) at each draw, as `draw_posterior`
+    has it (Burda et al. 2016, arXiv:1509.00519, Eq. 8): the log mean of p(x | h) exp(-KL) may exceed log p(x).
+    """
+    return local_kl(local) if num_draws == 1 else -_total([group.log_ratio for group in local.values()])
 
 
 def _total(parts: list[Tensor]) -> Tensor | float:

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from tokenizer.binary_vae import BinaryVAE, BinaryVAEConfig, Posterior, log_bernoulli
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import importance_weighted, local_kl
+from tokenizer.latent_vae import importance_weighted, local_rate
 
 
 class ScoreFunctionVAE(BinaryVAE):
     """What NVIL, REINFORCE and VIMCO share: log weights of drawn bits."""
 
-    def draw(self, images: Tensor, kl_weight: float) -> tuple[Tensor, Posterior, Decoded]:
-        """Log weights without log Z (B k,), with gradients at fixed bits."""
+    def draw(self, images: Tensor, kl_weight: float, num_draws: int) -> tuple[Tensor, Posterior, Decoded]:
+        """Log weights without log Z (B k,), with gradients at fixed bits, for a bound of `num_draws` draws."""
 
         def draw_bits(logits: Tensor) -> tuple[Tensor, Tensor, None]:
             return logits, (torch.rand_like(logits) < logits.sigmoid()).to(logits.dtype), None
@@ -23,7 +23,7 @@ class ScoreFunctionVAE(BinaryVAE):
         decoded = self.decode_latents(posterior.latents, features)
         log_q = log_bernoulli(posterior.logits, posterior.latents)
         log_p = -self.prior.energy(*self.halves(posterior.latents))
-        local = self.local_kl_weight(kl_weight) * local_kl(decoded.local)
+        local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, num_draws)
         log_weights = kl_weight * (log_p - log_q) - self.distortion(decoded, images) - local
         return log_weights, posterior, decoded
 
@@ -64,7 +64,7 @@ class REINFORCE(ScoreFunctionVAE):
         self._signal: Tensor | None = None
 
     def bound(self, images: Tensor, kl_weight: float) -> tuple[dict[str, Tensor], Posterior, Decoded]:
-        log_weights, posterior, decoded = self.draw(images, kl_weight)
+        log_weights, posterior, decoded = self.draw(images, kl_weight, num_draws=1)  # the mean of k such bounds
         signal = log_weights.detach() - self.signal_mean
         predicted = self.baseline(images - self.mean_image)[:, 0]
         advantage = signal - predicted.detach()
@@ -129,8 +129,8 @@ class VIMCO(ScoreFunctionVAE):
     Config = VIMCOConfig
 
     def bound(self, images: Tensor, kl_weight: float) -> tuple[dict[str, Tensor], Posterior, Decoded]:
-        log_weights, posterior, decoded = self.draw(images, kl_weight)
         num_draws = self.config.num_draws
+        log_weights, posterior, decoded = self.draw(images, kl_weight, num_draws)
         signal = leave_one_out_signal(log_weights.detach().unflatten(0, (-1, num_draws))).flatten()
         score = signal * log_bernoulli(posterior.logits, posterior.latents)
         losses = {
