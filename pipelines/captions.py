@@ -1,8 +1,9 @@
 """Captions of a folder of images, as Hugging Face's image folders hold them: metadata.jsonl or metadata.csv."""
 
 import csv
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 NAMES = ("metadata.jsonl", "metadata.csv")
@@ -73,9 +74,23 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
-    for row in reader:
-        yield reader.line_num, row
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        _check_separator(path, reader.fieldnames or ())
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, after line {reader.line_num}, cannot be read as CSV: {error}; does a quote there lack its end?"
+        ) from error
+
+
+def _check_separator(path: Path, names: Sequence[str]) -> None:
+    """Some spreadsheets separate columns otherwise; with one column only there would seem to be no captions."""
+    for separator in (";", "\t"):
+        columns = [name.strip(' "') for name in names[0].split(separator)] if len(names) == 1 else []
+        if len(columns) > 1 and "text" in columns:
+            raise ValueError(f"{path} separates its columns by {separator!r}; they must be separated by ','")
 
 
 def _text(path: Path) -> str:

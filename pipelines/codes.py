@@ -23,6 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dump will write, as far as it decides the bytes of the parts."""
+    """What a dump will write, as far as it decides the bytes of the parts; class_names tell what the labels mean."""
 
     spec: CodeSpec
     count: int
@@ -84,6 +85,7 @@ class Plan:
     fingerprint: str
     split: str
     dataset: dict
+    class_names: list[str]
 
     @property
     def dtypes(self) -> list[np.dtype]:
@@ -107,7 +109,9 @@ class Plan:
 
     def digest(self, part: int, body: bytes) -> bytes:
         """Checksum of a part, which also tells the part and the plan it belongs to."""
-        header = json.dumps([self.to_json(), part], sort_keys=True).encode()
+        # without class names, or parts from before they were in the plan would be lost; plan.json vouches for them
+        fields = {name: value for name, value in self.to_json().items() if name != "class_names"}
+        header = json.dumps([fields, part], sort_keys=True).encode()
         return hashlib.sha256(hashlib.sha256(header).digest() + body).digest()
 
 
@@ -128,9 +132,9 @@ def write_codes(
 ) -> "CodeDataset":
     """Encodes every image of `dataset`, in its deterministic view, into the code store `folder`.
 
-    A finished store of the same tokenizer, split and data is used as it is; an interrupted one is continued. All
-    processes of the accelerator take part, and all must see `folder`. While the arrays are put together the codes need
-    twice their space.
+    A finished store of the same tokenizer, split, data and classes is used as it is; an interrupted one is continued.
+    All processes of the accelerator take part, and all must see `folder`. While the arrays are put together the codes
+    need twice their space.
 
     Args:
         folder: the store's folder, created if need be.
@@ -144,7 +148,7 @@ def write_codes(
         accelerator: None for a single process on the tokenizer's own device.
         num_workers: worker processes that read images.
         progress: whether the main process shows a progress bar.
-        overwrite: whether a store of another tokenizer, split or data may be replaced.
+        overwrite: whether a store of another tokenizer, split, data or classes may be replaced.
     Raises:
         ValueError: `folder` holds another store or is in use; no images; weights that are not finite; codes or labels
             out of range; codes that are real numbers.
@@ -157,7 +161,8 @@ def write_codes(
     tokenizer.spec.check_discrete("the code store")
     _check_finite(tokenizer)
     folder = Path(folder)
-    plan = Plan(tokenizer.spec, len(dataset), part_size, fingerprint, split, dataset.identity)
+    class_names = list(dataset.class_names)
+    plan = Plan(tokenizer.spec, len(dataset), part_size, fingerprint, split, dataset.identity, class_names)
     plan.dtypes  # noqa: B018  a vocabulary too large to be stored shall not wait for the first part
     with ExitStack() as stack:
 
@@ -179,7 +184,7 @@ def write_codes(
             extra = {
                 "tokenizer": _relative(tokenizer_folder, folder),
                 "num_classes": dataset.num_classes,
-                "class_names": list(dataset.class_names),
+                "class_names": class_names,
             }
             _on_main_process(lambda: _assemble(folder, plan, extra, dataset.captions), accelerator)
     return CodeDataset(folder, verify=False)
@@ -243,14 +248,16 @@ def _is_finished(folder: Path, plan: Plan, overwrite: bool) -> bool:
         if overwrite:
             return False
         raise
-    wanted = {"tokenizer_fingerprint": plan.fingerprint, "split": plan.split, "dataset": plan.to_json()["dataset"]}
+    # The labels follow from the classes of training, of which the identity of held-out images knows nothing
+    wanted = {"tokenizer_fingerprint": plan.fingerprint, "split": plan.split, "dataset": plan.to_json()["dataset"],
+              "class_names": plan.class_names}  # fmt: skip
     changed = differences({key: found.get(key) for key in wanted}, wanted)
     if changed:
         if overwrite:
             return False
         raise ValueError(
             f"{folder} already holds other codes: "
-            f"{'; '.join(f'{key} {old}, not {new}' for key, (old, new) in changed.items())}. "
+            f"{'; '.join(f'{key} {_cut(old)}, not {_cut(new)}' for key, (old, new) in changed.items())}. "
             "Choose another folder, or overwrite it"
         )
     try:
@@ -261,9 +268,14 @@ def _is_finished(folder: Path, plan: Plan, overwrite: bool) -> bool:
     return True
 
 
+def _cut(value: Any) -> str:
+    """Of a thousand class names, some."""
+    return text if len(text := str(value)) <= 100 else f"{text[:100]}..."
+
+
 def _same_plan(path: Path, plan: Plan) -> bool:
     try:
-        return read_json(path) == plan.to_json()
+        return {"class_names": plan.class_names, **read_json(path)} == plan.to_json()
     except (ValueError, FileNotFoundError):
         return False
 
@@ -407,6 +419,16 @@ def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 # --- Reading ---
 
 
+def check_same_classes(codes: "CodeDataset", others: "CodeDataset") -> None:
+    """Raises ValueError unless each label means the same class in both stores."""
+    for label, (name, other) in enumerate(zip_longest(codes.class_names, others.class_names)):
+        if name != other:
+            raise ValueError(
+                f"label {label} is {name or 'no class'} in {codes.folder}, but {other or 'no class'} in "
+                f"{others.folder}; write both anew from the same data with scripts/extract_codes.py --overwrite true"
+            )
+
+
 class CodeDataset(Dataset):
     """The codes of a finished code store, memory-mapped.
 
@@ -420,7 +442,8 @@ class CodeDataset(Dataset):
         verify: whether to compare checksums and ranges, which reads every file once; types and shapes always are.
     Attributes:
         spec: the code space. count: number of images. fingerprint: of the tokenizer that wrote the codes.
-        tokenizer_folder: where that tokenizer was saved. split, num_classes, class_names: of the data.
+        contents: hash of their images and classes. tokenizer_folder: where that tokenizer was saved.
+        split, num_classes, class_names: of the data.
         metadata: all of spec.json.
     Raises:
         ValueError: not a finished store, or damaged; names the file.
@@ -443,6 +466,8 @@ class CodeDataset(Dataset):
         self.split: str = self._entry("split", str)
         self.num_classes: int = self._entry("num_classes", int)
         self.class_names: list[str] = self._entry("class_names", list)
+        of_images = [self._entry("dataset", dict).get("content"), self.class_names]
+        self.contents = hashlib.sha256(json.dumps(of_images).encode()).hexdigest()
         self.spec = self._read_spec(path)
         if self.count < 1 or self.num_classes < 0:
             raise ValueError(f"{path}: count must be at least 1 and num_classes at least 0")

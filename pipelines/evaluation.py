@@ -1,6 +1,7 @@
 """Everything that is measured of a pipeline on held-out images, with the protocol that each number was measured by."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pipelines.checkpoint import fingerprint
 from pipelines.classifier import classifier_features
 from pipelines.codebook_pictures import position_entropy, save_codebook_pictures
 from pipelines.features import MOST_KEPT, FeatureNetwork, feature_statistics, frechet_distance, reference_of
@@ -21,7 +23,13 @@ from pipelines.image_quality import (
     sample_metrics,
     save_neighbours,
 )
-from pipelines.likelihood import evaluate_likelihood, log_likelihoods, log_partition_metrics, standard_error
+from pipelines.likelihood import (
+    evaluate_likelihood,
+    log_likelihoods,
+    log_partition_metrics,
+    prior_labels,
+    standard_error,
+)
 from pipelines.metrics import NotMeasurableError
 from pipelines.ood import auroc, load_other
 from pipelines.pretrained import inception_features, lpips_network
@@ -87,20 +95,27 @@ def evaluate(
         cache: where reference statistics and classifiers are kept, with their protocols; None keeps none.
     Returns:
         metrics {name: value}; groups {group: names of its metrics}; protocol {group: what its numbers depend on};
-        not_measured {group or metric: why}; pictures {subject: file}; data, the identity of `images`; seed; versions.
+        not_measured {group or metric: why}; pictures {subject: file}; data, the identity of `images`; weights, the
+        fingerprints of what was measured; seed; versions.
     Raises:
         ValueError: an argument out of range, weights or a data set that cannot be had, or nothing that can be measured.
     """
     _check_arguments(metrics, images, train_images, num_draws=num_draws, num_samples=num_samples,
                      batch_size=batch_size, seed=seed)  # fmt: skip
+    if not (metrics is None or metrics or ood):
+        raise ValueError(f"metrics must name at least one group of {', '.join(GROUPS)}; leave it out for all")
+    short_names = _short_names(ood)
     chosen = set(GROUPS if metrics is None else metrics)
     folder, cache = (None if path is None else Path(path) for path in (folder, cache))
     # What may be refused comes before any work
-    others = {name: load_other(name, images) for name in ood}
+    others = {short: load_other(name, images) for short, name in short_names.items()}
     lpips_parts = lpips_network(lpips_weights, device=pipeline.device) if lpips_weights else None
     inception = inception_features(inception_weights, device=pipeline.device) if inception_weights else None
     if metrics is None and not pipeline.tokenizer.has_local_latents:
         chosen.remove("local")  # a reason why it is missing would only be noise
+    weights = {"tokenizer": fingerprint(pipeline.tokenizer)}
+    if pipeline.has_stage_two:
+        weights["prior"] = fingerprint(pipeline.prior)
     measure = Evaluation(
         pipeline, images, train_images, chosen, num_draws, num_samples, batch_size, seed, inception, lpips_parts,
         folder, cache,
@@ -111,10 +126,10 @@ def evaluate(
                 getattr(measure, group)()
     for name, other in others.items():
         with measure.attempt(f"ood_{name}"):
-            measure.out_of_distribution(Path(name).name, other)
+            measure.out_of_distribution(name, other)
     if not measure.metrics:
         raise ValueError(f"nothing could be measured: {'; '.join(measure.not_measured.values())}")
-    return {**measure.findings(), "data": images.identity, "seed": seed, "versions": versions()}
+    return {**measure.findings(), "data": images.identity, "weights": weights, "seed": seed, "versions": versions()}
 
 
 def _check_arguments(metrics: Sequence[str] | None, images, train_images, **numbers: int) -> None:
@@ -127,6 +142,19 @@ def _check_arguments(metrics: Sequence[str] | None, images, train_images, **numb
             raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
     if train_images is not None and train_images.preprocessing != images.preprocessing:
         raise ValueError("the training images were prepared in another way than those to evaluate; load both alike")
+
+
+def _short_names(ood: Sequence[str]) -> dict[str, str]:
+    """{what a metric calls another data set: its name or folder}."""
+    found: dict[str, str] = {}
+    for name in ood:
+        short = os.path.basename(os.path.abspath(name))
+        if found.setdefault(short, name) != name:
+            raise ValueError(
+                f"ood data sets '{found[short]}' and '{name}' would both be called '{short}' and overwrite each "
+                "other; rename one of the folders"
+            )
+    return found
 
 
 @dataclass
@@ -192,6 +220,9 @@ class Evaluation:
         if prior.spec.is_discrete:
             metrics["uniform_nats_per_code"] = prior.spec.max_nats / prior.spec.length
         self.add("likelihood", metrics, **protocol)
+        if prior.spec.is_discrete:
+            with self.attempt("prior_nats_per_code"):  # which came out as NaN where this says why
+                prior_labels(self.pipeline, self.images)
 
     def reconstruction(self) -> None:
         measured = self._reconstructions

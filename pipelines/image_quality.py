@@ -68,12 +68,14 @@ def class_agreement(
         generators = one_generator_each(num_pairs, noise)
         images = decode_codes(pipeline.tokenizer, codes, generators, batch_size=batch_size)
         classes.append(extract(classifier, images.split(batch_size))[1].argmax(dim=1))
-    same = (classes[0][:, None] == classes[1]).double()
-    agreement = same.diagonal().mean().item()
+    same = (classes[0] == classes[1]).sum().item()
+    num_classes = 1 + max(labels.max().item() for labels in classes)
+    first, second = (labels.bincount(minlength=num_classes) for labels in classes)
+    agreement = same / num_pairs
     return {
         "class_agreement": agreement,
         "class_agreement_se": math.sqrt(agreement * (1 - agreement) / num_pairs),
-        "class_agreement_by_chance": (same.sum() - same.trace()).item() / (num_pairs * (num_pairs - 1)),
+        "class_agreement_by_chance": ((first * second).sum().item() - same) / (num_pairs * (num_pairs - 1)),
     }
 
 

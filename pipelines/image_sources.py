@@ -1,10 +1,12 @@
 """Where raw images come from: scikit-learn's digits, folders of files, torchvision's data sets."""
 
 import difflib
+import errno
 import hashlib
 import inspect
 import os
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ from pipelines.captions import NAMES, has_captions, read_captions
 from pipelines.preprocessing import BadImageError, load, naming_image
 
 VALIDATION_FOLDERS = ("validation", "val", "valid")
+# Names, in any case, by which other tools call the folders of splits
+SPLIT_LIKE = ("train", "training", "test", "testing", *VALIDATION_FOLDERS)
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 # Pillow's EPS reader starts Ghostscript on the file; the others are stubs that recognise a file but cannot read it
 REFUSED_FORMATS = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
@@ -109,6 +113,7 @@ def _extensions() -> set[str]:
 class FolderSource(Source):
     """Image files, with or without one folder per class, with or without train/ validation/ test/ above them.
 
+    Beside train/ there are no other folders of images, and without it at most one that is named as a split.
     Captions are read from the folder's metadata.jsonl or metadata.csv, see `read_captions`.
     """
 
@@ -176,6 +181,7 @@ class FolderSource(Source):
 
 def _split_folder(root: Path, split: str) -> tuple[Path, tuple[str, ...]]:
     """The folder a split's images lie in, and which splits are to be carved out of it."""
+    _check_split_names(root)
     if not (root / "train").is_dir():
         return root, ("test", "validation")
     given = {"train": root / "train"}
@@ -190,6 +196,33 @@ def _split_folder(root: Path, split: str) -> tuple[Path, tuple[str, ...]]:
     if split == "train" or split in missing:
         return given["train"], missing
     return given[split], ()
+
+
+def _check_split_names(root: Path) -> None:
+    """Raises ValueError where classes would be taken for splits, or splits for classes: nothing else would show it."""
+    names = _class_folders(root)
+    if not (root / "train").is_dir():
+        like = [name for name in names if name.lower() in SPLIT_LIKE]
+        if len(like) > 1:
+            raise ValueError(
+                f"{root} has folders that are named as splits ({_listed(like)}), but no train/, so that each would be "
+                f"a class; rename the one that holds the training images train/, the others test/ and validation/"
+            )
+        return
+    # samefile: a file system may not tell Test/ from test/, and there may be links
+    splits = [root / name for name in ("train", "test", *VALIDATION_FOLDERS) if (root / name).is_dir()]
+    others = [name for name in names if not any(split.samefile(root / name) for split in splits)]
+    extensions = _extensions()
+    others = [name for name in others if any(path.suffix.lower() in extensions for path in (root / name).rglob("*"))]
+    if others:
+        raise ValueError(
+            f"{root} has images in {_listed(others)} beside train/; if train is a class like these, move all of them "
+            f"into {root / 'train'}, else move the others away or rename them test/ and validation/"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"{name}/" for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -292,7 +325,7 @@ def _construct(cls: type, choices: list[dict], root: Path, parameters, download:
         arguments["split"] = "balanced"
     can_download = "download" in parameters or cls.__name__ in ("EMNIST", "QMNIST")
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".download.lock"):
+    with _download_lock(root):
         try:
             return _first_accepted(cls, choices, arguments)
         except (RuntimeError, OSError) as error:  # not there, or not whole
@@ -306,6 +339,16 @@ def _construct(cls: type, choices: list[dict], root: Path, parameters, download:
         f"torchvision's {cls.__name__} is not in {root.absolute()} and was not downloaded "
         f"({type(reason).__name__}: {reason}). Without a network, copy {_expected_files(cls, root)}"
     ) from reason
+
+
+def _download_lock(root: Path) -> AbstractContextManager:
+    """One process at a time; no lock where the folder cannot be written, into which nobody can download either."""
+    try:
+        return FileLock(root / ".download.lock").acquire()
+    except OSError as error:
+        if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
+            raise
+        return nullcontext()
 
 
 def _first_accepted(cls: type, choices: list[dict], arguments: dict) -> Dataset:

@@ -177,6 +177,7 @@ class ImageDataset(Dataset):
         preprocessing: the deterministic preprocessing as plain values, for `preprocess_image`.
         identity: what makes this the same data as at another time: name, split, count, content, preprocessing.
         fingerprint: hash of the identity.
+        contents: hash of the images and their classes alone, wherever they are.
         skipped: unreadable files that were left out.
     """
 
@@ -196,6 +197,7 @@ class ImageDataset(Dataset):
         self._cache, self._labels = self._decode_all()
         self.identity = self._describe(hashlib.sha256(b"".join(probe.digest for _, probe in sorted(probes.items()))))
         self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        self.contents = hashlib.sha256(json.dumps([self.identity["content"], self.class_names]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -252,7 +254,7 @@ class ImageDataset(Dataset):
 
         quiet = len(indices) < 2000 or os.environ.get("LOCAL_RANK", "0") != "0"
         with (
-            ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool,
+            ThreadPoolExecutor(min(8, num_usable_cores())) as pool,
             tqdm(total=len(indices), desc=description, unit="image", disable=True if quiet else None) as progress,
         ):
             run = pool.map if self.source.thread_safe else map
@@ -371,6 +373,11 @@ class ImageDataset(Dataset):
         if config.binarize == "stochastic":
             pixels = draw_binary(pixels, generator)
         return np.ascontiguousarray(pixels), label
+
+
+def num_usable_cores() -> int:
+    """Of the CPU, those that this process may run on; all where the system does not say, as macOS."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _split_key(key: Key) -> tuple[int, int | None]:

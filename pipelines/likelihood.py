@@ -4,6 +4,7 @@ Letters: k draws of the codes z of an image.
 """
 
 import math
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class LogLikelihoods(NamedTuple):
 
     bound: log mean over k draws of w = p(x | z) p(z) / q(z | x); elbo: mean of log w; distortion: mean of
     -log p(x | z); rate: mean of log q(z | x) - log p(z), so that elbo = -distortion - rate; conditional: mean of
-    log p(z | label), log p(z) for a prior without classes.
+    log p(z | label), log p(z) for a prior without classes, NaN where the labels are not the prior's.
     """
 
     bound: Tensor
@@ -55,8 +56,8 @@ def evaluate_likelihood(
         nats (of the bound on -log p(x)) and bits_per_dim; negative_elbo_nats, which is their value for k = 1, and its
         parts, means under q: distortion_nats of p(x | z), rate_nats of q(z | x) against p(z), the KL divergence;
         standard errors over images (`_se`), where there is more than one; prior_nats_per_code (given the class, where
-        there is one) for codes that are integers; num_draws made; num_images. A standard error does not hold what is
-        unknown of log Z.
+        there is one; NaN where `prior_labels` raises) for codes that are integers; num_draws made; num_images. A
+        standard error does not hold what is unknown of log Z.
     Raises:
         ValueError: num_draws or batch_size below 1.
         NotMeasurableError: log p(z) is not known: captions, too many classes, or a log Z whose estimates disagree.
@@ -96,6 +97,9 @@ def log_likelihoods(
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_prior(pipeline.prior)
     num_draws = num_draws if pipeline.tokenizer.is_stochastic else 1
+    label_of = None
+    with suppress(NotMeasurableError):  # p(z), the average over all classes, needs no labels
+        label_of = prior_labels(pipeline, dataset)
     starts = range(0, len(dataset), batch_size)
     parts = []
     with (
@@ -105,13 +109,14 @@ def log_likelihoods(
         for start in starts:
             keys = list(range(start, min(start + batch_size, len(dataset))))
             batch = dataset.collate(dataset.__getitems__(keys))
-            parts.append(_of_batch(pipeline, batch["image"], batch["label"], num_draws, bar.update))
+            labels = None if label_of is None else label_of[batch["label"]]
+            parts.append(_of_batch(pipeline, batch["image"], labels, num_draws, bar.update))
     return LogLikelihoods(*(torch.cat(column) for column in zip(*parts)))
 
 
-def _of_batch(pipeline, images: Tensor, labels: Tensor, num_draws: int, advance) -> LogLikelihoods:
+def _of_batch(pipeline, images: Tensor, labels: Tensor | None, num_draws: int, advance) -> LogLikelihoods:
     tokenizer, device, dtype = pipeline.tokenizer, pipeline.device, pipeline.dtype
-    images, labels = images.to(device), labels.to(device)
+    images, labels = images.to(device), None if labels is None else labels.to(device)
     # The images stay in float32: the 256 values of a pixel do not fit into the numbers of bfloat16
     half = dtype in (torch.bfloat16, torch.float16)
     log_sum = torch.full((len(images),), -math.inf, dtype=torch.float64)
@@ -149,6 +154,34 @@ def check_prior(prior: Prior) -> None:
             raise NotMeasurableError(str(error)) from error
 
 
+def prior_labels(pipeline, dataset) -> Tensor | None:
+    """The prior's label of each of a data set's labels, whose classes need not be all and in the order of training.
+
+    Returns:
+        (number of the data's classes,) int64, by the classes' names; None for a prior without classes.
+    Raises:
+        NotMeasurableError: a class that the prior does not know, or classes without names.
+    """
+    if pipeline.prior.num_classes == 0:
+        return None
+    known, names = pipeline.class_names, getattr(dataset, "class_names", ())  # noise has none
+    if len(known) != pipeline.prior.num_classes or not names:
+        lacking = "this pipeline has" if names else "these images have"
+        raise NotMeasurableError(f"log p(codes | class) needs to know classes by their names, and {lacking} none")
+    if names == known:
+        return torch.arange(len(names))
+    if unknown := [name for name in names if name not in known]:
+        raise NotMeasurableError(
+            f"log p(codes | class) needs images of the prior's classes ({_listed(known)}), which {_listed(unknown)} "
+            "are not"
+        )
+    return torch.tensor([known.index(name) for name in names])
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def log_partition_metrics(prior: Prior) -> dict[str, float]:
     """What is known of log Z of a Boltzmann prior, in nats; empty for other priors.
 
@@ -170,14 +203,16 @@ def log_partition_metrics(prior: Prior) -> dict[str, float]:
     }
 
 
-def prior_log_prob(prior: Prior, codes: Codes, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(log p(z | label), log p(z)), each (B,); equal where the prior has no classes."""
+def prior_log_prob(prior: Prior, codes: Codes, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(log p(z | label), log p(z)), each (B,); equal where the prior has no classes, else NaN first without labels."""
     if prior.num_classes == 0:
         log_prob = prior.log_prob(codes)
         return log_prob, log_prob
-    of_class = torch.stack([prior.log_prob(codes, torch.full_like(labels, y)) for y in range(prior.num_classes)])
-    conditional = of_class.gather(0, labels[None])[0]
-    return conditional, of_class.logsumexp(dim=0) - math.log(prior.num_classes)
+    zeros = torch.zeros(len(codes[0]), dtype=torch.int64, device=codes[0].device)
+    of_class = torch.stack([prior.log_prob(codes, zeros + y) for y in range(prior.num_classes)])
+    marginal = of_class.logsumexp(dim=0) - math.log(prior.num_classes)
+    conditional = torch.full_like(marginal, math.nan) if labels is None else of_class.gather(0, labels[None])[0]
+    return conditional, marginal
 
 
 def standard_error(values: Tensor) -> float:

@@ -1,4 +1,12 @@
-"""The result of an evaluation for people: a table in the terminal, rows of the model card."""
+"""The result of an evaluation for people: a table in the terminal, rows of the model card, beside earlier results."""
+
+from pathlib import Path
+
+from pipelines.files import read_json
+
+RESULT_NAME = "evaluation.json"
+# Of a result, what the pipeline keeps beside its numbers
+RECORDED = ("command", "data", "groups", "protocol", "not_measured", "pictures", "seed", "versions", "weights", "parts")
 
 
 def format_table(metrics: dict[str, float]) -> str:
@@ -24,18 +32,108 @@ def format_value(metrics: dict[str, float], name: str) -> str:
 
 def format_summary(result: dict) -> str:
     """The result of `evaluate` for a terminal: its numbers by group, and what could not be measured."""
-    blocks = []
+    blocks, kept = [], {group for part in result.get("parts", ())[:-1] for group in part["groups"]}
     for group, names in result["groups"].items():
         table = format_table({name: result["metrics"][name] for name in names})
-        blocks.append("\n".join([group, *(f"  {line}" for line in table.splitlines())]))
+        heading = f"{group} (of an earlier evaluation)" if group in kept else group
+        blocks.append("\n".join([heading, *(f"  {line}" for line in table.splitlines())]))
     reasons = [f"  {name}: {why}" for name, why in result["not_measured"].items()]
     if reasons:
         blocks.append("\n".join(["not measured", *reasons]))
     return "\n".join(blocks)
 
 
+def with_earlier(result: dict, earlier: dict | None) -> dict:
+    """A result of `evaluate`, with its command, and the groups of an earlier one that were not attempted this time.
+
+    Args:
+        earlier: see `earlier_result`.
+    Returns:
+        the result; each group by its own protocol, and parts: command, seed, versions and groups of each evaluation.
+    """
+    if earlier is None:
+        return {**result, "parts": [_as_part(result)]}
+    attempted = result["groups"].keys() | result["not_measured"].keys()
+    kept = {
+        group: names
+        for group, names in earlier["groups"].items()
+        if group not in attempted and earlier["metrics"].keys() >= set(names)
+    }
+    groups = result["groups"] | kept
+    metrics = result["metrics"] | {name: earlier["metrics"][name] for names in kept.values() for name in names}
+    reasons = earlier["not_measured"] | result["not_measured"]
+    parts = [
+        {**part, "groups": [group for group in part["groups"] if group in kept]}
+        for part in earlier.get("parts", [_as_part(earlier)])
+    ]
+    parts = [*(part for part in parts if part["groups"]), _as_part(result)]
+    return {
+        **result,
+        "command": "\n".join(part["command"] for part in parts),
+        "metrics": metrics,
+        "groups": groups,
+        "protocol": result["protocol"] | {group: earlier["protocol"][group] for group in kept},
+        "not_measured": {name: why for name, why in reasons.items() if name not in groups and name not in metrics},
+        "pictures": earlier["pictures"] | result["pictures"],
+        "parts": parts,
+    }
+
+
+def _as_part(result: dict) -> dict:
+    return {**{name: result[name] for name in ("command", "seed", "versions")}, "groups": list(result["groups"])}
+
+
+def earlier_result(pipeline, split: str, result: dict, run: Path) -> dict | None:
+    """The last result of a split, if it is of the same images and weights as `result`.
+
+    It stands in the pipeline, by split; what versions before this one measured, only in `run`, and without the
+    fingerprints of the weights, whose files must then be older.
+    """
+    found = pipeline.evaluations.get(split, {})
+    if "groups" in found:
+        known = pipeline.metrics
+        found = found | {"metrics": {name.removeprefix(f"{split} "): value for name, value in known.items()}}
+    else:
+        found = _saved_result(run)
+    if not found or found["data"] != result["data"]:
+        return None
+    if "weights" in found:
+        return found if found["weights"] == result["weights"] else None
+    files = [file.stat() for part in ("tokenizer", "prior") for file in run.glob(f"{part}/*.safetensors")]
+    # st_ctime too: a file that was copied here may have kept the time when it was written elsewhere
+    newest = max(max(file.st_mtime, file.st_ctime) for file in files)
+    return found if newest <= (run / RESULT_NAME).stat().st_mtime else None
+
+
+def _saved_result(run: Path) -> dict:
+    """What is in the file of a run; empty where there is none, or none of ours."""
+    try:
+        found = read_json(run / RESULT_NAME)
+    except (OSError, ValueError):
+        return {}
+    return found if found.keys() >= {"command", "metrics", *RECORDED} - {"weights", "parts"} else {}
+
+
+def dropped(pipeline, split: str, result: dict, run: Path) -> list[str]:
+    """What `result` takes the place of without measuring it anew, in lines for people; to be asked before `record`."""
+    lines, saved = [], _saved_result(run)
+    groups = list(pipeline.evaluations.get(split, {}).get("protocol", ()))
+    if saved and (other := saved["data"]["split"]) != split:
+        fate = "stay in the model card" if other in pipeline.evaluations else "are dropped"
+        lines.append(f"{run / RESULT_NAME} was of the {other} images, whose numbers {fate}")
+    else:
+        groups += saved.get("protocol", ())
+    gone = [group for group in dict.fromkeys(groups) if group not in result["protocol"]]
+    if gone:
+        lines.append(
+            f"dropped what earlier evaluations measured of {', '.join(gone)}: it was of other images or weights, "
+            "cannot be measured this time, or was not to be kept"
+        )
+    return lines
+
+
 def record(pipeline, split: str, result: dict) -> None:
-    """Enters a result of `evaluate`, with its command, into the pipeline, in place of the last one of that split."""
+    """Enters a result of `with_earlier` into the pipeline, in place of the last one of that split."""
     of_training = (f"{split} tokenizer ", f"{split} prior ")
     kept = {
         name: value
@@ -43,5 +141,4 @@ def record(pipeline, split: str, result: dict) -> None:
         if not name.startswith(f"{split} ") or name.startswith(of_training)
     }
     pipeline.metrics = kept | {f"{split} {name}": value for name, value in result["metrics"].items()}
-    shown = ("command", "data", "protocol", "not_measured", "seed", "versions")
-    pipeline.evaluations[split] = {name: result[name] for name in shown}
+    pipeline.evaluations[split] = {name: result[name] for name in RECORDED}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.comparison.entries import check_models, read_entries, resolve
-from pipelines.comparison.findings import check_comparable, collect
+from pipelines.comparison.findings import check_comparable, check_to_come, collect
 from pipelines.comparison.grids import Grids, draw_all
 from pipelines.comparison.page import write_page
 from pipelines.comparison.progress import Progress
@@ -25,7 +25,7 @@ from pipelines.comparison.report import as_json, terminal_table
 from pipelines.comparison.running import IN_WORDS, RESULT, Runner, members_of
 from pipelines.config import parse, peek
 from pipelines.files import folder_lock, read_json, write_json_atomic
-from pipelines.images import DataConfig
+from pipelines.images import DataConfig, load_images
 from pipelines.images import Split as ImageSplit
 from pipelines.runs import RUNS, Outcome, choose_device, refuse_several_processes, run_script
 from pipelines.training import TrainingConfig
@@ -85,11 +85,6 @@ def main() -> Outcome:
 
     models = [] if entries is None else resolve(entries["models"], **{name: config[name] for name in sections})
     members = members_of(models, runs, output)
-    check_comparable(
-        {m.name: read_json(m.folder / RESULT) for m in members if not m.entry and (m.folder / RESULT).is_file()}
-    )
-    if models:
-        check_models(models)
     source = {name: config["data"][name] for name in DATA_SOURCE} if models else {}
     runner = Runner(
         output,
@@ -97,6 +92,13 @@ def main() -> Outcome:
         evaluation={name: config[name] for name in EVALUATION},
         data_source={f"data.{name}": value for name, value in source.items()},
     )
+    results = {m.name: read_json(m.folder / RESULT) for m in members if not m.entry and not runner.missing(m)}
+    check_comparable(results)
+    if models:
+        check_models(models)
+    if results and len(results) < len(members):
+        images = load_images(DataConfig(**config["data"]), config["split"]) if models else None
+        check_to_come(results, runner.evaluation, images)
     with folder_lock(output):
         # Training and evaluation of what is missing
         steps = {name: config[name]["total_steps"] for name in sections if name != "data"}

@@ -5,9 +5,10 @@
     python scripts/evaluate.py --metrics '[likelihood]' --json
     python scripts/evaluate.py --inception_weights download --lpips_weights download
 
-The numbers go to RUN/evaluation.json, each with the protocol that it was measured by, and into the model card; pictures
-go to RUN/evaluation/: of each codebook, and of samples, each above its nearest training images (first the samples that
-are nearest to any, then others). Without the weights of Inception, FID is measured in the feature space of a small
+The numbers go to RUN/evaluation.json, each with the protocol that it was measured by, and into the model card. Those of
+groups that are not measured this time stay, as long as images and weights are the same. Pictures go to RUN/evaluation/:
+of each codebook, and of samples, each above its nearest training images (first the samples that are nearest to any,
+then others). Without the weights of Inception, FID is measured in the feature space of a small
 classifier that is trained on the data set itself, and called fid_classifier.
 """
 
@@ -21,7 +22,7 @@ from pipelines.evaluation import NEED_TRAINING_IMAGES, evaluate
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
-from pipelines.report import format_summary, record
+from pipelines.report import RESULT_NAME, dropped, earlier_result, format_summary, record, with_earlier
 from pipelines.runs import (
     Outcome,
     choose_device,
@@ -32,6 +33,8 @@ from pipelines.runs import (
     saved_data_section,
 )
 from pipelines.two_stage import INDEX_NAME, Pipeline
+
+Group = Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation", "local"]
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Options:
         ood: other data sets to tell from this one by log p(x): noise, a torchvision name (in data.root), or a folder.
         inception_weights: safetensors file for FID, or download.
         lpips_weights: safetensors file of AlexNet for LPIPS, or download.
+        keep: whether numbers of earlier evaluations, of the same images and weights, stay beside those measured now.
         cache: folder where reference statistics and classifiers are kept.
         seed: of draws, samples and the classifier.
         batch_size: images computed at a time.
@@ -55,12 +59,13 @@ class Options:
 
     run: str | None = None
     split: ImageSplit = "test"
-    metrics: list[Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation", "local"]] | None = None
+    metrics: list[Group] | Group | None = None
     num_draws: int = 1
     num_samples: int = 1000
     ood: list[str] | str | None = None
     inception_weights: str | None = None
     lpips_weights: str | None = None
+    keep: bool = True
     cache: str = "runs/.evaluation_cache"
     seed: int = 0
     batch_size: int = 128
@@ -75,6 +80,8 @@ def main() -> Outcome:
     refuse_several_processes()
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     run = find_run(config["run"], INDEX_NAME)
+    if isinstance(config["metrics"], str):
+        config["metrics"] = [config["metrics"]]
     pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
     pipeline.set_progress_bar_config(disable=None)
     images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), config["split"])
@@ -103,11 +110,15 @@ def main() -> Outcome:
             **{name: config[name] for name in options},
         ),
     }
-    write_json_atomic(run / "evaluation.json", result)
+    places = [f"run: {run}"] + [f"picture: {run / 'evaluation' / name}" for name in result["pictures"].values()]
+    earlier = earlier_result(pipeline, config["split"], result, run) if config["keep"] else None
+    result = with_earlier(result, earlier)
+    for line in dropped(pipeline, config["split"], result, run):
+        print(line, file=sys.stderr)
+    write_json_atomic(run / RESULT_NAME, result)
     record(pipeline, config["split"], result)
     pipeline.save_index(run)
-    pictures = [f"picture: {run / 'evaluation' / name}" for name in result["pictures"].values()]
-    return Outcome(result, text="\n".join([format_summary(result), *pictures]))
+    return Outcome(result, text="\n".join([format_summary(result), *places]))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,27 @@ def test_a_csv_may_begin_with_a_byte_order_mark_and_hold_line_breaks(tmp_path):
     assert read_captions(tmp_path, ["a.png"]) == ["two\nlines"]
 
 
+def test_a_caption_in_a_csv_ends_at_a_line_break_only(tmp_path):
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text\na.png,one\x85line\nb.png,two\u2028lines\n", encoding="utf-8"
+    )
+    assert read_captions(tmp_path, ["a.png", "b.png"]) == ["one\x85line", "two\u2028lines"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file_name;text\na.png;x\n", r"metadata\.csv separates its columns by ';'"),
+        ('"text"\t"file_name"\nx\ta.png\n', r"separates its columns by '\\t'; they must be separated by ','"),
+        (f'file_name,text\na.png,"x\n{"x" * 200_000}', "after line 1, cannot be read as CSV: field larger .* a quote"),
+    ],
+)
+def test_a_csv_that_would_be_misread_is_refused(text, message, tmp_path):
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_captions(tmp_path, ["a.png"])
+
+
 def test_no_metadata_or_none_with_text_means_no_captions(tmp_path):
     assert read_captions(tmp_path, IMAGES) is None
     write(tmp_path, [{"file_name": "a.png", "width": 3}])

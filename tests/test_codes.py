@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pipelines import files
-from pipelines.codes import CodeDataset, smallest_dtype, write_codes
+from pipelines.codes import CodeDataset, check_same_classes, smallest_dtype, write_codes
 from pipelines.images import DataConfig, load_images
 from prior.base import CodeSpec
 
@@ -263,6 +263,66 @@ def test_store_of_other_data_is_refused(tmp_path):
     dump(tmp_path / "codes")
     with pytest.raises(ValueError, match="already holds other codes: dataset"):
         dump(tmp_path / "codes", digits(20))
+
+
+class Named:
+    """Images whose labels follow from classes that other images name, as those of a held-out folder."""
+
+    def __init__(self, images, class_names):
+        self.images, self.class_names, self.num_classes = images, class_names, len(class_names)
+        self.identity = images.identity
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitems__(self, keys):
+        batch = self.images.__getitems__(keys)
+        return batch | {"label": batch["label"] + self.num_classes - 10}
+
+    collate = staticmethod(lambda batch: batch)
+    captions = None
+
+
+TEN = [str(number) for number in range(10)]
+
+
+def test_store_with_labels_of_other_classes_is_written_anew(tmp_path):
+    first = dump(tmp_path / "codes", Named(digits(), TEN))
+    more = Named(digits(), ["-1", *TEN])
+    with pytest.raises(ValueError, match=r"already holds other codes: class_names \['0', .*, not \['-1', '0'"):
+        dump(tmp_path / "codes", more)
+    store = dump(tmp_path / "codes", more, overwrite=True)
+    assert store.class_names == ["-1", *TEN]
+    assert store[0]["label"] == first[0]["label"] + 1
+
+
+def test_parts_with_labels_of_other_classes_are_discarded(tmp_path):
+    interrupt(tmp_path / "codes", dataset=Named(digits(), TEN))
+    more = Named(digits(), ["-1", *TEN])
+    dump(tmp_path / "codes", more)
+    dump(tmp_path / "whole", more)
+    assert content(tmp_path / "codes") == content(tmp_path / "whole")
+
+
+def test_parts_whose_plan_names_no_classes_are_continued(tmp_path):
+    """As they were left by versions that did not know them there."""
+    interrupt(tmp_path / "codes")
+    path = tmp_path / "codes" / ".parts" / "plan.json"
+    plan = json.loads(path.read_text())
+    del plan["class_names"]
+    path.write_text(json.dumps(plan))
+    tokenizer = PatchTokenizer()
+    dump(tmp_path / "codes", tokenizer=tokenizer)
+    assert len(tokenizer.modes) == 4
+
+
+@pytest.mark.parametrize(("names", "message"), [(["-1", *TEN], "label 0 is 0 in .*, but -1 in"),
+                                                ([*TEN, "10"], "label 10 is no class in .*, but 10 in")])  # fmt: skip
+def test_stores_whose_labels_mean_different_classes_are_refused(tmp_path, names, message):
+    train = dump(tmp_path / "train")
+    check_same_classes(train, train)
+    with pytest.raises(ValueError, match=message):
+        check_same_classes(train, dump(tmp_path / "validation", Named(digits(), names), split="validation"))
 
 
 def test_damaged_store_is_written_anew(tmp_path, caplog):

@@ -294,7 +294,9 @@ def test_the_scripts_get_the_whole_recipe_and_the_evaluation_its_options(workpla
     assert recipe["training"].keys() == vars(TrainingConfig()).keys()
     options = workplace.options_of("evaluate", "vq")
     del options["run"]
-    assert options == {"num_draws": "5", "metrics": "[likelihood, samples]", "json": "true", "data.root": "data"}
+    assert options == {
+        "num_draws": "5", "metrics": "[likelihood, samples]", "json": "true", "data.root": "data", "keep": "false",
+    }  # fmt: skip
 
 
 def test_another_evaluation_only_evaluates_again(workplace):
@@ -374,6 +376,35 @@ def test_a_failure_is_reported_with_its_log_and_the_others_go_on(workplace):
     assert "working" in failure.log.read_text()
     workplace.write_scripts()
     assert workplace.run() == (["train_prior vq", "evaluate vq"], {})
+
+
+BAR = "stage_one:  12%|#   | 30/250 [00:10<01:10, 3.1step/s, loss=0.2]"
+
+
+@pytest.mark.parametrize("said", ["", BAR, "error: it could not warm up"])
+def test_a_stage_that_is_killed_is_said_to_be(workplace, said):
+    workplace.write_scripts(fails={("train_tokenizer", "vq")})
+    workplace.run()  # whose error is in the log
+    workplace.write_scripts(extra=f"import os\nprint({said!r}, flush=True)\nos.kill(os.getpid(), 9)\n")
+    assert workplace.run()[1]["vq"].reason == "it was killed by signal 9 (out of memory?)"
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("sys.exit('error: no such thing')", "no such thing"),
+        ("print('x.py: error: unknown field'); sys.exit(2)", "unknown field"),
+        ("raise RuntimeError('CUDA error: an assert\\nCompile with more')", "RuntimeError: CUDA error: an assert"),
+        (f"print({BAR!r}); sys.exit(3)", "it ended with status 3"),
+        ("os.abort()", "it was killed by signal 6"),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_error_and_no_other_line(workplace, script, reason):
+    workplace.models = workplace.models[2:]
+    workplace.write_scripts(fails={("train_tokenizer", "normals")})
+    workplace.run()
+    workplace.write_scripts(extra=f"import os, sys\n{script}\n")
+    assert workplace.run()[1]["normals"].reason == reason
 
 
 def test_models_that_share_a_failed_tokenizer_are_not_tried(workplace):
@@ -511,6 +542,13 @@ def test_two_models_are_trained_measured_and_shown(tmp_path):
     assert 0 < rows["vq"]["unigram_nats_per_code"] < math.log(8)
     assert rows["normals"]["tokenizer_parameters"] > 0
     assert rows["normals"]["num_draws"] == 2
+
+    # A run that was evaluated otherwise is refused before anything is trained
+    (tmp_path / "out" / "models" / "normals").rename(tmp_path / "mine")
+    done = compare(tmp_path, "--entries", str(path), "--output", "new", "--runs", "mine", "--num_draws", "3")
+    assert re.fullmatch(r"error: 'likelihood' of mine cannot stand in .*num_draws: 2 and 3.*\n", done.stderr)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").rename(tmp_path / "out" / "models" / "normals")
 
     # Its folders are runs like others; two protocols end in one line
     runs = [str(tmp_path / "out" / "models" / name) for name in ("vq", "normals")]

@@ -7,6 +7,8 @@ import shutil
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
@@ -17,8 +19,8 @@ from hypothesis import strategies as st
 
 from pipelines.comparison import charts
 from pipelines.comparison.entries import Entry
-from pipelines.comparison.findings import COLUMNS, collect, training_of
-from pipelines.comparison.page import best_rows, escape_markdown, write_page
+from pipelines.comparison.findings import COLUMNS, check_to_come, collect, training_of
+from pipelines.comparison.page import best_rows, escape_markdown, protocol_of, write_page
 from pipelines.comparison.report import as_json, terminal_table
 from pipelines.comparison.running import Failure, Member
 from pipelines.pictures import save_grid
@@ -84,6 +86,33 @@ def test_results_of_different_protocols_do_not_stand_in_one_table(members):
     (members[1].folder / "evaluation.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"of a and of b cannot stand in one table.*num_draws: 10 and 1"):
         collect(members, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_draws": 1}, r"'likelihood' of a cannot stand in one table .* \(num_draws: 10 and 1\); give the options"),
+        ({"pixels": "none"}, "pixels: 2 discrete values, one fixed draw with seed 0 and 256 discrete values"),
+        ({"content": "d" * 64}, "data.content: c+ and d+"),
+        ({"num_draws": 1, "metrics": ["codebook"]}, None),
+        ({"num_samples": 10}, "'memorisation' of a .*num_samples: 1000 and 10"),
+        ({}, None),
+    ],
+)
+def test_a_run_that_cannot_stand_beside_what_is_to_come_is_found_before(options, message):
+    options = {"metrics": None, "num_draws": 10, "num_samples": 1000, "inception_weights": None} | options
+    preprocessing = {"binarize": options.pop("pixels", "fixed"), "binarize_seed": 0}
+    identity = PROTOCOL["data"] | {"content": options.pop("content", "c" * 64)}
+    images = SimpleNamespace(identity=identity, preprocessing=preprocessing)
+    result = evaluated(1.0)
+    result["protocol"]["memorisation"] = {"data": PROTOCOL["data"], "num_samples": 1000, "num_held_out": 7}
+    result["protocol"]["samples"] = {"num_samples": 5}  # in the features of Inception, which others will not have
+    if message is None:
+        check_to_come({"a": result}, options, images)
+        check_to_come({"a": result}, options)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_to_come({"a": result}, options, images)
 
 
 def test_the_seconds_of_training_are_those_of_its_steps(tmp_path):
@@ -195,6 +224,26 @@ def test_a_budget_that_is_not_equal_is_said(members, tmp_path):
     findings = collect(members, {})
     write_page(findings, tmp_path / "out", title="t", command="c", pictures={})
     assert "stage one was NOT equally long" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_the_markdown_finds_the_pictures_of_any_run_folder(members, tmp_path):
+    name = "my run (1) [ä]"
+    member = Member(name, name, members[0].folder, None)
+    (tmp_path / "pictures").mkdir()
+    path = save_grid(torch.rand(4, 1, 8, 8), tmp_path / "pictures" / f"{name}-samples.png", columns=2)
+    write_page(collect([member], {}), tmp_path, title="t", command="c", pictures={name: {"samples": path}})
+    (link,) = re.findall(r"\]\((pictures/[^\s()<>]*-samples\.png)\)", (tmp_path / "comparison.md").read_text())
+    assert (tmp_path / unquote(link)).is_file()
+
+
+def test_the_page_names_the_seeds_and_versions_of_all_evaluations(members):
+    result = evaluated(1.0)
+    result["parts"] = [{"seed": seed, "versions": {"torch": f"2.{seed}"}} for seed in (3, 4)]
+    (members[0].folder / "evaluation.json").write_text(json.dumps(result))
+    assert dict(dict(protocol_of(collect(members[:1], {})))["seed and versions"]) == {
+        "seed": "3, 4",
+        "torch": "2.3, 2.4",
+    }
 
 
 def test_the_markdown_has_the_same_table(page):

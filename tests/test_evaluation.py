@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from collections import Counter
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ from pipelines.ood import NoiseImages, auroc, load_other
 from pipelines.pretrained import inception_features, lpips_network, read_weights
 from pipelines.protocol import pixels_of
 from pipelines.reconstruction import count_positions, lpips, reconstruct, ssim
-from pipelines.report import format_summary, record
+from pipelines.report import dropped, earlier_result, format_summary, record, with_earlier
 from prior.annealed_importance import LogPartition
 from tests import tiny
 from tokenizer.quantizers import QUANTIZERS
@@ -50,9 +51,11 @@ def make(prior: str | None = "gpt", image_shape=(1, 8, 8), likelihood: str = "no
     if prior is None:
         return Pipeline(tokenizer)
     implied = {"spec": tokenizer.spec, "tokenizer_fingerprint": fingerprint(tokenizer)}
-    if prior == "gpt":
-        implied["num_classes"] = 10
-    return Pipeline(tokenizer, build_prior({"type": prior, **tiny.PRIORS[prior], **implied}))
+    class_names = [str(number) for number in range(10)] if prior == "gpt" else []
+    if class_names:
+        implied["num_classes"] = len(class_names)
+    built = build_prior({"type": prior, **tiny.PRIORS[prior], **implied})
+    return Pipeline(tokenizer, built, class_names=class_names)
 
 
 # Distances between sets
@@ -567,6 +570,18 @@ def test_a_likelihood_without_log_z_is_missing_with_its_reason_and_the_rest_is_t
         evaluate(pipeline, digits("test"), metrics=["memorisation"])
 
 
+def test_a_prior_of_other_classes_is_measured_without_them():
+    pipeline = make()
+    pipeline.class_names = [f"class {number}" for number in range(10)]
+    result = evaluate(pipeline, digits("test"), metrics=["likelihood"])
+    assert "images of the prior's classes (class 0," in result["not_measured"]["prior_nats_per_code"]
+    assert "prior_nats_per_code" not in result["metrics"]
+    pipeline.class_names = make().class_names
+    other = evaluate(pipeline, digits("test"), metrics=["likelihood"])
+    assert result["metrics"] == {k: v for k, v in other["metrics"].items() if k != "prior_nats_per_code"}
+    assert "prior_nats_per_code" in other["metrics"]
+
+
 class Poses(torch.nn.Module):
     """A tokenizer whose code is the class, and whose images are those of the class, drawn anew each time."""
 
@@ -608,6 +623,18 @@ def test_class_agreement_is_that_of_images_with_the_same_codes(faithful, folder)
     assert found["class_agreement_by_chance"] == pytest.approx(chance, abs=0.02)
 
 
+def test_class_agreement_by_chance_is_that_of_all_pairs_of_different_codes(monkeypatch):
+    classes = iter([[0, 2, 2, 1, 0], [0, 2, 1, 1, 2]])
+    drawn = [torch.nn.functional.one_hot(torch.tensor(next(classes)), 4) for _ in range(2)]
+    monkeypatch.setattr("pipelines.image_quality.extract", lambda *_: (None, drawn.pop(0)))
+    monkeypatch.setattr("pipelines.image_quality.decode_codes", lambda *_, **__: torch.zeros(5, 1))
+    monkeypatch.setattr("pipelines.image_quality.draw_samples", lambda *_, **__: None)
+    found = class_agreement(SimpleNamespace(tokenizer=None), None, 5, batch_size=5, seed=0)
+    same = np.equal.outer([0, 2, 2, 1, 0], [0, 2, 1, 1, 2])
+    assert found["class_agreement"] == same.diagonal().mean()
+    assert found["class_agreement_by_chance"] == (same.sum() - same.trace()) / 20
+
+
 def test_local_latents_are_measured_where_there_are_some():
     options = {**tiny.TOKENIZERS["dvaepp"], "image_shape": (1, 8, 8), "likelihood": {"type": "normal"}}
     network = {"type": "conv", **tiny.LATENT_NETWORKS["conv"]}
@@ -640,6 +667,9 @@ def test_codes_that_are_real_numbers_have_no_codebook():
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"inception_weights": "x.pth"}, "safetensors files only, got 'x.pth'"),
         ({"ood": ["digitss"]}, "unknown data set 'digitss'"),
+        ({"metrics": []}, "metrics must name at least one group of likelihood, .*; leave it out for all"),
+        ({"ood": ["a/x", "b/x/"]}, "ood data sets 'a/x' and 'b/x/' would both be called 'x' and overwrite each other"),
+        ({"ood": ["noise", "a/noise"]}, "would both be called 'noise'"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(options, message):
@@ -710,6 +740,135 @@ def test_binarisation_is_named_with_its_seed():
     assert pixels_of({"binarize": "fixed", "binarize_seed": 4}) == "2 discrete values, one fixed draw with seed 4"
 
 
+# Beside earlier results
+# ------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder that is evaluated again and again, as scripts/evaluate.py does it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        make().save_pretrained(folder)
+
+    def evaluate(self, *groups, split="test", keep=True, **options):
+        """The result as it was saved, and the lines of what it left out."""
+        pipeline, number = Pipeline.from_pretrained(self.folder), options.get("num_draws", 1)
+        result = evaluate(pipeline, digits(split), digits("train"), metrics=groups, **options)
+        result = {"command": f"evaluate {' '.join(groups)} {number}", **result}
+        result = with_earlier(result, earlier_result(pipeline, split, result, self.folder) if keep else None)
+        lines = dropped(pipeline, split, result, self.folder)
+        (self.folder / "evaluation.json").write_text(json.dumps(result))
+        record(pipeline, split, result)
+        pipeline.save_index(self.folder)
+        return result, lines
+
+    def forget(self):
+        """Makes its files what they were before results were entered whole and with fingerprints of the weights."""
+        for name, entries in (("evaluation.json", None), ("model_index.json", "evaluations")):
+            saved = json.loads((self.folder / name).read_text())
+            for result in [saved] if entries is None else saved[entries].values():
+                for field in ("weights", "parts") if entries is None else ("weights", "parts", "groups", "pictures"):
+                    del result[field]
+            (self.folder / name).write_text(json.dumps(saved))
+        later = max(path.stat().st_ctime for path in self.folder.rglob("*")) + 1
+        os.utime(self.folder / "evaluation.json", (later, later))
+
+    @property
+    def card(self):
+        return Pipeline.from_pretrained(self.folder).metrics
+
+    def change_weights(self):
+        pipeline = Pipeline.from_pretrained(self.folder)
+        with torch.no_grad():
+            next(pipeline.prior.parameters()).add_(1)
+        pipeline.save_pretrained(self.folder)
+
+
+@pytest.fixture
+def saved_run(tmp_path):
+    return Run(tmp_path)
+
+
+def test_groups_that_are_not_measured_again_stay_with_their_protocol_and_command(saved_run):
+    first, _ = saved_run.evaluate("likelihood", num_draws=3)
+    second, lines = saved_run.evaluate("codebook", seed=1)
+    assert lines == []
+    assert list(second["groups"]) == ["codebook", "likelihood"]
+    assert second["metrics"].items() > first["metrics"].items()
+    assert second["protocol"]["likelihood"] == first["protocol"]["likelihood"]
+    assert [(part["command"], part["seed"], part["groups"]) for part in second["parts"]] == [
+        ("evaluate likelihood 3", 0, ["likelihood"]), ("evaluate codebook 1", 1, ["codebook"]),
+    ]  # fmt: skip
+    assert saved_run.card == {f"test {name}": value for name, value in second["metrics"].items()}
+    assert "evaluate likelihood 3\nevaluate codebook 1" in (saved_run.folder / "README.md").read_text()
+    assert "likelihood (of an earlier evaluation)\n" in format_summary(second)
+    third, _ = saved_run.evaluate("likelihood")
+    assert [part["command"] for part in third["parts"]] == ["evaluate codebook 1", "evaluate likelihood 1"]
+    assert third["protocol"]["likelihood"]["num_draws"] == 1
+
+
+def test_another_split_replaces_no_numbers_of_the_card(saved_run):
+    first, _ = saved_run.evaluate("likelihood")
+    second, (line,) = saved_run.evaluate("codebook", split="validation")
+    assert list(second["groups"]) == ["codebook"]
+    assert line.endswith("evaluation.json was of the test images, whose numbers stay in the model card")
+    third, _ = saved_run.evaluate("codebook")
+    assert third["metrics"].items() > first["metrics"].items()
+    assert {f"validation {name}" for name in second["metrics"]} < saved_run.card.keys()
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("what", ["weights", "images", "keep"])
+def test_numbers_of_other_weights_or_images_are_dropped_with_a_word(saved_run, what, old):
+    saved_run.evaluate("likelihood")
+    if old:
+        saved_run.forget()
+    options = {}
+    if what == "weights":
+        saved_run.change_weights()
+        later = (saved_run.folder / "evaluation.json").stat().st_mtime + 1
+        os.utime(saved_run.folder / "prior" / "model.safetensors", (later, later))
+    elif what == "images":
+        path = saved_run.folder / "model_index.json"
+        path.write_text(path.read_text().replace(digits("test").identity["content"], "0" * 64))
+        path = saved_run.folder / "evaluation.json"
+        saved = path.stat().st_mtime
+        path.write_text(path.read_text().replace(digits("test").identity["content"], "0" * 64))
+        os.utime(path, (saved, saved))
+    else:
+        options = {"keep": False}
+    result, (line,) = saved_run.evaluate("codebook", **options)
+    assert list(result["groups"]) == ["codebook"]
+    assert line.startswith("dropped what earlier evaluations measured of likelihood: it was of other images or weights")
+    assert saved_run.card == {f"test {name}": value for name, value in result["metrics"].items()}
+
+
+def test_numbers_from_before_weights_were_recorded_stay_while_no_weights_are_newer(saved_run):
+    first, _ = saved_run.evaluate("likelihood")
+    saved_run.forget()
+    second, lines = saved_run.evaluate("codebook")
+    assert lines == []
+    assert second["metrics"].items() > first["metrics"].items()
+    assert second["parts"][0]["command"] == first["command"]
+
+
+def test_what_was_tried_again_in_vain_is_not_kept_and_reasons_go_where_there_are_numbers(saved_run):
+    result = {
+        "command": "again", "metrics": {"psnr": 1.0}, "groups": {"reconstruction": ["psnr"]},
+        "protocol": {"reconstruction": {}}, "not_measured": {"lpips": "no weights"}, "pictures": {},
+        "seed": 0, "versions": {},
+    }  # fmt: skip
+    earlier = result | {
+        "metrics": {"psnr": 0.0, "lpips": 0.5, "nats": 3.0}, "not_measured": {"psnr": "a", "ssim": "b"},
+        "groups": {"reconstruction": ["psnr"], "lpips": ["lpips"], "likelihood": ["nats"]},
+        "protocol": {"reconstruction": {}, "lpips": {}, "likelihood": {"num_draws": 2}},
+    }  # fmt: skip
+    both = with_earlier(result, earlier)
+    assert both["metrics"] == {"psnr": 1.0, "nats": 3.0}
+    assert both["not_measured"] == {"ssim": "b", "lpips": "no weights"}
+
+
 # For people
 # ------------------------------------------------------------------------------------------------
 
@@ -717,7 +876,7 @@ def test_binarisation_is_named_with_its_seed():
 def test_the_card_says_how_its_numbers_were_measured(evaluated, tmp_path):
     pipeline, result = evaluated
     pipeline.metrics = {"validation tokenizer psnr": 21.0, "test gone": 1.0, "test tokenizer psnr": 2.0}
-    record(pipeline, "test", {**result, "command": "python scripts/evaluate.py --run x"})
+    record(pipeline, "test", with_earlier({**result, "command": "python scripts/evaluate.py --run x"}, None))
     pipeline.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     value, error = (result["metrics"][name] for name in ("bits_per_dim", "bits_per_dim_se"))

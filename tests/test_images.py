@@ -1,5 +1,6 @@
 """Images: the same pixels whatever the process, worker, or resume; every odd file named or defined."""
 
+import errno
 import os
 import pickle
 import struct
@@ -9,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -184,6 +186,11 @@ def test_batches_come_quickly():
         dataset.__getitems__(batch)
         durations.append(time.perf_counter() - start)
     assert np.median(durations) < 1e-3
+
+
+def test_a_system_that_does_not_say_which_cores_may_be_used_has_data_too(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS
+    assert len(load_images(DataConfig(), "test")) == 180
 
 
 # --- binarisation ---
@@ -446,6 +453,38 @@ def test_class_unknown_to_training_is_refused(tmp_path):
         folder(tmp_path, split="test")
 
 
+@pytest.mark.parametrize("name", ["bus", "Test", "testing"])
+def test_a_class_that_is_called_train_does_not_hide_others(tmp_path, name):
+    for part in ("train", "test", name):
+        save(tmp_path / part / "0.png", noise(4, 4))
+    with pytest.raises(ValueError, match=rf"has images in {name}/ beside train/; if train is a class like these, move"):
+        folder(tmp_path)
+
+
+def test_what_holds_no_images_may_lie_beside_the_splits(tmp_path):
+    save(tmp_path / "train" / "0.png", noise(4, 4))
+    save(tmp_path / ".thumbnails" / "0.png", noise(4, 4))
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "0.xml").write_text("<a/>")
+    (tmp_path / "LICENSE").write_text("free")
+    (tmp_path / "val").symlink_to("train")
+    assert [len(folder(tmp_path, split=split)) for split in ("train", "validation")] == [1, 1]
+
+
+@pytest.mark.parametrize("names", [("Test", "Train"), ("testing", "training"), ("test", "val"), ("TRAIN", "valid")])
+def test_splits_that_would_be_taken_for_classes_are_refused(tmp_path, names):
+    for name in names:
+        save(tmp_path / name / "cat" / "0.png", noise(4, 4))
+    with pytest.raises(ValueError, match=rf"named as splits \({names[0]}/, {names[1]}/\), .* rename the one .* train/"):
+        folder(tmp_path)
+
+
+def test_a_single_class_may_be_called_as_a_split_is(tmp_path):
+    for name in ("test", "exam"):
+        save(tmp_path / name / "0.png", noise(4, 4))
+    assert folder(tmp_path).class_names == ["exam", "test"]
+
+
 def test_empty_class_folder_is_named(classes):
     (classes / "empty").mkdir()
     with pytest.raises(ValueError, match=r"class folder .*empty holds no images"):
@@ -530,6 +569,17 @@ def test_torchvision_set_keeps_its_test_part_and_gives_validation_from_training(
     expected = torch.tensor(noise(5, 28, 28, seed=5)[3] / 255, dtype=torch.float32)
     assert torch.equal(test[3]["image"][0], expected)
     assert test[3]["label"] == 3
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
+def test_torchvision_set_in_a_folder_that_cannot_be_written_is_read(tmp_path, monkeypatch, reason):
+    def acquire(self):
+        raise OSError(reason, os.strerror(reason))  # a test that runs as root may write anywhere
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    write_mnist(tmp_path)
+    config = DataConfig(name="MNIST", root=str(tmp_path), download=False)
+    assert len(load_images(config, "test")) == 5
 
 
 def test_torchvision_set_with_a_split_argument(tmp_path):

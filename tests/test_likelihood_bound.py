@@ -12,6 +12,7 @@ from pipelines.likelihood import (
     evaluate_likelihood,
     log_likelihoods,
     log_partition_metrics,
+    prior_labels,
     prior_log_prob,
     standard_error,
 )
@@ -25,10 +26,13 @@ from tokenizer.base import PosteriorDraw, Tokenizer, TokenizerConfig
 from tokenizer.likelihoods import LIKELIHOODS
 
 NUM_CLASSES = 3
+CLASS_NAMES = ["a", "b", "c"]
 
 
 class BinaryImages:
     """Images of two values, which every likelihood takes, with labels."""
+
+    class_names = CLASS_NAMES
 
     def __init__(self, shape: tuple[int, int, int], num_images: int = 7):
         generator = torch.Generator().manual_seed(1)
@@ -62,7 +66,8 @@ def make(prior: str | None = "pixelcnn", num_classes: int = 0, likelihood: str =
     if not tiny.takes(prior, tokenizer.spec, num_classes):
         pytest.skip(f"{prior} is not made for these codes")
     implied = {"spec": tokenizer.spec, "num_classes": num_classes, "tokenizer_fingerprint": fingerprint(tokenizer)}
-    return Pipeline(tokenizer, build_prior({"type": prior, **tiny.PRIORS[prior], **implied}))
+    built = build_prior({"type": prior, **tiny.PRIORS[prior], **implied})
+    return Pipeline(tokenizer, built, class_names=CLASS_NAMES[:num_classes])
 
 
 def evaluate(pipeline: Pipeline, images, **options) -> dict:
@@ -123,6 +128,43 @@ def test_the_marginal_is_the_average_over_classes_and_the_conditional_the_one_of
         torch.testing.assert_close(conditional, prior.log_prob(codes, labels))
         average = sum(prior.log_prob(codes, torch.full_like(labels, y)).exp() for y in range(NUM_CLASSES)) / NUM_CLASSES
     torch.testing.assert_close(marginal.exp(), average)
+
+
+def renamed(names: list[str]) -> BinaryImages:
+    images = BinaryImages((1, 4, 4))
+    images.class_names = names
+    return images
+
+
+def test_labels_are_those_of_the_prior_by_the_names_of_their_classes():
+    pipeline, images = make("gpt", NUM_CLASSES), renamed(["c", "a", "b"])
+    expected = evaluate(pipeline, images)["prior_nats_per_code"]
+    images.labels = torch.tensor([2, 0, 1])[images.labels]  # of "c", "a", "b" in the prior
+    images.class_names = CLASS_NAMES
+    assert evaluate(pipeline, images)["prior_nats_per_code"] == pytest.approx(expected)
+    codes = pipeline.tokenizer.encode(images.images)
+    with torch.no_grad():
+        assert expected == pytest.approx(-pipeline.prior.log_prob(codes, images.labels).mean().item() / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "b", "dog"], r"images of the prior's classes \(a, b, c\), which dog are not"),
+        ([*CLASS_NAMES, "d"], "which d are not"),
+        ([], "these images have none"),
+    ],
+)
+def test_labels_of_classes_that_the_prior_does_not_know_are_not_scored(names, message):
+    pipeline, images = make("gpt", NUM_CLASSES), renamed(names)
+    if len(names) == 4:
+        images.labels[0] = 3
+    found, expected = evaluate(pipeline, images), evaluate(pipeline, BinaryImages((1, 4, 4)))
+    assert math.isnan(found.pop("prior_nats_per_code"))
+    del expected["prior_nats_per_code"]
+    assert found == expected
+    with pytest.raises(NotMeasurableError, match=message):
+        prior_labels(pipeline, images)
 
 
 def test_the_parts_add_up_and_each_is_in_its_unit():

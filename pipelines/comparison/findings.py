@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipelines.comparison.running import IN_WORDS, RESULT, Failure, Member
-from pipelines.config import read_yaml
+from pipelines.config import differences, read_yaml
 from pipelines.files import read_json
-from pipelines.protocol import comparable
+from pipelines.protocol import comparable, pixels_of
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,41 @@ def check_comparable(results: dict[str, dict]) -> None:
     """Raises ValueError where two results may not stand in one table."""
     if results:
         comparable(results)
+
+
+def check_to_come(results: dict[str, dict], evaluation: dict, images=None) -> None:
+    """Raises ValueError where results may not stand in one table with those that are yet to be measured.
+
+    Only what is known of their protocols before any training is looked at, `check_comparable` sees the rest.
+
+    Args:
+        results: of run folders, by name.
+        evaluation: options of evaluate.py for those to come.
+        images: what they will be evaluated on; None if that is not known.
+    """
+    draws, samples = ({name: evaluation[name]} for name in ("num_draws", "num_samples"))
+    data = {} if images is None else {"data": images.identity}
+    pixels = {} if images is None else {"pixels": pixels_of(images.preprocessing)}
+    feature_space = "" if evaluation["inception_weights"] else "_classifier"
+    protocols = {
+        "likelihood": ("likelihood", data | pixels | draws),
+        "reconstruction": ("reconstruction", data),
+        "codebook": ("codebook", data),
+        "samples": (f"samples{feature_space}", samples),
+        "memorisation": ("memorisation", data | samples),
+    }
+    for name, result in results.items():
+        for option, (group, expected) in protocols.items():
+            if option not in (evaluation["metrics"] or protocols):
+                continue
+            found = result["protocol"].get(group)
+            changed = found and differences({field: found.get(field) for field in expected}, expected)
+            if changed:
+                listed = "; ".join(f"{field}: {old} and {new}" for field, (old, new) in changed.items())
+                raise ValueError(
+                    f"'{group}' of {name} cannot stand in one table with what is yet to be measured, by another "
+                    f"protocol ({listed}); give the options that {name} was evaluated with, or evaluate it anew"
+                )
 
 
 def training_folder(member: Member, stage: str) -> Path:

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -144,9 +145,10 @@ def protocol_of(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
     versions: dict[str, set[str]] = {}
     for result in findings.results.values():
         groups = {**result["protocol"], **groups}
-        seeds.add(result["seed"])
-        for name, version in result["versions"].items():
-            versions.setdefault(name, set()).add(version)
+        for part in result.get("parts", [result]):  # of several evaluations
+            seeds.add(part["seed"])
+            for name, version in part["versions"].items():
+                versions.setdefault(name, set()).add(version)
     said = [(group.replace("_", " "), _fields(fields)) for group, fields in groups.items()]
     if said:
         general = {"seed": seeds, **versions}
@@ -199,7 +201,7 @@ def _picture(member: Member, kind: str, path: Path) -> dict:
         width, height = image.size
     return {
         "kind": kind,
-        "file": path.name,
+        "file": quote(path.name),
         "alt": f"{member.title}: {ALT_TEXTS[kind]}",
         "data": f"data:image/png;base64,{base64.b64encode(content).decode()}",
         "width": width,

@@ -4,6 +4,7 @@ What is finished is remembered in records/NAME.json of the comparison's folder: 
 made with, the content of what it started from, and that of what it left. A stage whose three are unchanged is skipped.
 """
 
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ IN_WORDS = {"stage_one": "stage one", "stage_two": "stage two", "evaluation": "e
 # Options of evaluate.py that do not change what is measured
 NOT_MEASURED_BY = ("cache", "device")
 POLL_SECONDS = 0.5
+# As the scripts, their parser and the interpreter end
+ERROR = r"(?:[\w.-]+: )?error: (?P<ours>.+)|(?P<exception>[\w.]*(?:Error|Exception|Interrupt)(?:: .*)?)"
 
 
 @dataclass(frozen=True)
@@ -198,11 +201,13 @@ class Runner:
         command = self._command(member, stage)
         started = time.monotonic()
         with log.open("ab") as file:
+            begin = file.tell()
             file.write(f"$ {' '.join(command)}\n".encode())
             file.flush()
             status = self._wait(command, file, lambda: progress.at(_steps_done(member.folder / stage / "log.jsonl")))
         if status != 0:
-            return Failure(member.title, stage, _last_line(log) or f"it ended with status {status}", log)
+            said = log.read_bytes()[begin:].decode(errors="replace")
+            return Failure(member.title, stage, _why(status, said), log)
         if not self._made(member, stage).is_file():
             return Failure(member.title, stage, f"it ended well, but left no {self._made(member, stage)}", log)
         entry = {"of": self._of(member, stage), "made": sha256_file(self._made(member, stage)),
@@ -214,6 +219,8 @@ class Runner:
     def _command(self, member: Member, stage: str) -> list[str]:
         if stage == "evaluation":
             script, options = "evaluate", ["--run", str(member.folder)]
+            if member.entry is not None:  # all its numbers are to be of these options, or they might not compare
+                options += ["--keep", "false"]
             source = {} if member.entry is None else self.data_source
             for name, value in (self.evaluation | source).items():
                 if value is not None:
@@ -289,7 +296,10 @@ def _steps_done(log: Path) -> int:
     return 0
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    said = [line.strip() for line in lines if line.strip() and not line.startswith("$ ")]
-    return said[-1].removeprefix("error: ") if said else ""
+def _why(status: int, said: str) -> str:
+    """Why a process failed: by a signal, with its last error, or else its status; a line of progress is no reason."""
+    if status < 0:
+        hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+        return f"it was killed by signal {-status}{hint}"
+    errors = [match for line in said.splitlines() if (match := re.fullmatch(ERROR, line.strip()))]
+    return (errors[-1]["ours"] or errors[-1]["exception"]) if errors else f"it ended with status {status}"

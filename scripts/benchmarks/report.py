@@ -1,6 +1,5 @@
 """What a benchmark leaves: a table on the screen, and JSON, Markdown and a chart in a folder."""
 
-import os
 import platform
 import time
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from benchmarks.floors import machine_floors
 from benchmarks.measure import Clock, Timing
 from benchmarks.peers import Peers
 from pipelines.files import atomic_file, write_json_atomic
+from pipelines.images import num_usable_cores
 
 PACKAGES = ("torch", "numpy", "transformers", "diffusers", "vector-quantize-pytorch", "lmdb")
 
@@ -140,7 +140,7 @@ def machine(clock: Clock) -> dict:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    found = {"cpu": name, "cores": len(os.sched_getaffinity(0)), "threads": clock.threads, "system": platform.system()}
+    found = {"cpu": name, "cores": num_usable_cores(), "threads": clock.threads, "system": platform.system()}
     return found | ({"gpu": torch.cuda.get_device_name()} if clock.on_gpu else {})
 
 
