@@ -174,7 +174,11 @@ def saved_data_section(run: Path) -> dict:
     config = read_yaml(path)
     if not isinstance(config.get("data"), dict):
         raise ValueError(f"{path} has no section 'data'")
-    return {"data": config["data"]}
+    data = config["data"]
+    if data.get("name") == "folder" and peek("data.name") not in (None, "folder"):
+        # a folder of images is no place for the files of another data set
+        data = {name: value for name, value in data.items() if name != "root"}
+    return {"data": data}
 
 
 def adopt_data_section(run: Path, folder: Path) -> None:

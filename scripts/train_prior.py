@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from pipelines.checkpoint import build_prior, load_tokenizer, save_model
-from pipelines.codes import CodeDataset
+from pipelines.checkpoint import build_prior, fingerprint, load_tokenizer, save_model
+from pipelines.codes import CodeDataset, check_same_classes
 from pipelines.config import Polymorphic, parse, peek
 from pipelines.files import read_json
 from pipelines.launch import make_accelerator
@@ -24,6 +24,7 @@ from pipelines.text import TextConfig, TextTokenizer
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import TEXT_TOKENIZER, check_codes_belong, save_stage_two
 from prior import PRIORS
+from prior.bits import BitPrior
 
 DIGITS_RECIPE = Path(__file__).parent / "configs" / "digits_gpt.yaml"
 COLUMNS = 8  # captions that pictures are drawn of
@@ -62,6 +63,10 @@ def main() -> Outcome | None:
     train_codes, validation_codes = (CodeDataset(run / "codes" / split) for split in ("train", "validation"))
     tokenizer = load_tokenizer(run / "tokenizer").to(accelerator.device)
     check_codes_belong(tokenizer, train_codes, validation_codes)
+    if (folder / "tokenizer").is_dir() and fingerprint(load_tokenizer(folder / "tokenizer")) != train_codes.fingerprint:
+        raise ValueError(
+            f"{folder} holds another tokenizer than that of {run}, which it would lose; name another --output"
+        )
 
     # Captions, where the prior is to be conditional on them
     text_tokenizer, captions, condition = None, None, {}
@@ -82,6 +87,12 @@ def main() -> Outcome | None:
         )
         accelerator.print(f"columns of pictures: {' | '.join(text_tokenizer.decode(captions))}")
     elif config["class_conditional"]:
+        if train_codes.num_classes and issubclass(PRIORS[config["prior"]["type"]], BitPrior):
+            raise ValueError(
+                f"the codes have {train_codes.num_classes} classes, on which the prior '{config['prior']['type']}' "
+                "cannot be conditional; add --class_conditional false, or take gpt, pixelcnn or pixelsnail"
+            )
+        check_same_classes(train_codes, validation_codes)
         condition = {"num_classes": train_codes.num_classes}
 
     # Model
