@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pipelines.drawing import decode_codes, draw_codes, one_generator_each
+from pipelines.drawing import decode_codes, draw_codes, encode_images, one_generator_each
 from pipelines.masks import code_masks, fill_from_around
 from prior.base import Codes
 from prior.sampling import ImageNoise
@@ -67,7 +67,7 @@ def complete(
     """
     tokenizer, num_candidates = pipeline.tokenizer, len(generators) // len(images)
     unknown, region = code_masks(mask, tokenizer)
-    codes = tokenizer.encode(fill_from_around(images, mask).to(pipeline.dtype))
+    codes = encode_images(tokenizer, fill_from_around(images, mask).to(pipeline.dtype), batch_size=batch_size)
     known = tuple(level.logical_not().repeat_interleave(num_candidates, dim=0) for level in unknown)
     given = (tuple(level.repeat_interleave(num_candidates, dim=0) for level in codes), known)
     drawn, _ = draw_codes(

@@ -72,6 +72,12 @@ def draw_codes(
 
 
 @torch.no_grad()
+def encode_images(tokenizer, images: Tensor, *, batch_size: int) -> Codes:
+    """Codes of images (B, C, H, W) in [0, 1], `batch_size` at a time."""
+    return tuple(torch.cat(levels) for levels in zip(*map(tokenizer.encode, images.split(batch_size))))
+
+
+@torch.no_grad()
 def decode_codes(tokenizer, codes: Codes, generators: list[torch.Generator], *, batch_size: int) -> Tensor:
     """Images (B, C, H, W) in [0, 1] of codes, `batch_size` at a time."""
     starts = range(0, len(codes[0]), batch_size)

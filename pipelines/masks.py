@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pipelines.preprocessing import covering_size, crop, load, naming_image
+from pipelines.preprocessing import covering_size, crop, in_eight_bits, load, naming_image, upright
 from tokenizer.base import Tokenizer
 
 HALVES = ("top", "bottom", "left", "right")
@@ -23,11 +23,11 @@ def as_mask(mask, num_images: int, tokenizer: Tokenizer) -> Tensor:
 
     Args:
         mask: boolean tensor or array, (H, W) for all images or (B, 1, H, W); or a mask image for all or one per image,
-            white where pixels are to be filled, which is resized and cropped as images are; a pixel that it only
-            touches counts as filled.
+            white where pixels are to be filled, which is turned upright, resized and cropped as images are; a pixel
+            that it only touches counts as filled.
         tokenizer: whose image_shape and preprocessing are meant.
     Raises:
-        ValueError: another shape or dtype.
+        ValueError: another shape or dtype, or a mask image that marks no pixel.
     """
     height, width = tokenizer.config.image_shape[1:]
     pictures = [mask] if isinstance(mask, Image.Image) else mask
@@ -49,27 +49,40 @@ def as_mask(mask, num_images: int, tokenizer: Tokenizer) -> Tensor:
 
 
 def check_mask_sizes(mask, images) -> None:
-    """Raises ValueError for a mask image that is not as large as its image: they would be cropped differently."""
+    """Raises ValueError for a mask image that is not as large as its image: they would be cropped differently.
+
+    Both are compared upright, as people see them.
+    """
     masks, images = ([x] if isinstance(x, Image.Image) else x for x in (mask, images))
     if not all(isinstance(x, Sequence) and all(isinstance(part, Image.Image) for part in x) for x in (masks, images)):
         return
     for part, image in zip(masks if len(masks) > 1 else [*masks] * len(images), images):
-        if part.size != image.size:
+        with naming_image("the mask"):
+            width, height = upright(part).size
+        with naming_image("the image"):
+            expected = upright(image).size
+        if (width, height) != expected:
             raise ValueError(
-                f"a mask image must be as large as its image, got {part.width} x {part.height} for an image of "
-                f"{image.width} x {image.height} (width x height)"
+                f"a mask image must be as large as its image, got {width} x {height} for an image of "
+                f"{expected[0]} x {expected[1]} (width x height)"
             )
 
 
 def _from_picture(picture: Image.Image, preprocessing: dict) -> Tensor:
     """(1, H, W): the picture resized and cropped as an image would be."""
     with naming_image("the mask"):
-        white = np.asarray(picture.convert("L")) >= WHITE
-    shares = Image.fromarray(white.astype(np.float32))  # 32-bit: 8 bits would round a single pixel of many away
-    size = covering_size(picture.size, preprocessing)
-    if size != picture.size:
+        grey = np.asarray(in_eight_bits(picture).convert("L"))
+        # 32-bit: 8 bits would round a single pixel of many away
+        shares = Image.fromarray((grey >= WHITE).astype(np.float32))
+        size = covering_size(shares.size, preprocessing)
+    if size != shares.size:
         shares = shares.resize(size, Image.Resampling.BOX)
     filled = crop(np.asarray(shares)[None] > 0, preprocessing["image_size"], lambda slack: slack // 2)
+    if not filled.any():
+        raise ValueError(
+            f"the mask marks no pixel that is left after cropping: white (255 of 8 bits, 65535 of 16) marks what is to "
+            f"be filled, and its brightest pixel is {grey.max()} of 255"
+        )
     return torch.from_numpy(filled.copy())
 
 

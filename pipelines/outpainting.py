@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipelines.completion import candidate_generators, gumbel_noise, likelihoods
-from pipelines.drawing import decode_codes, draw_codes, progress_bar
+from pipelines.drawing import decode_codes, draw_codes, encode_images, progress_bar
 from pipelines.masks import check_geometry
 from prior.base import Codes
 from tokenizer.base import Tokenizer
@@ -71,7 +71,8 @@ def outpaint(
     larger = canvas_tokenizer(tokenizer, size)
     canvas = [images.new_zeros(len(images), *shape, dtype=torch.int64) for shape in larger.spec.shapes]
     known = [torch.zeros(shape, dtype=torch.bool, device=images.device) for shape in larger.spec.shapes]
-    for level, codes, mask, f in zip(tokenizer.encode(images.to(pipeline.dtype)), canvas, known, strides):
+    encoded = encode_images(tokenizer, images.to(pipeline.dtype), batch_size=batch_size)
+    for level, codes, mask, f in zip(encoded, canvas, known, strides):
         place = window_slices(position, image, f)
         codes[:, *place], mask[place] = level, True
     windows = [corner for corner in corners(size, position, image, stride) if corner != tuple(position)]

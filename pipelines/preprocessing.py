@@ -43,14 +43,25 @@ def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def _to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """The image upright, opaque (on white), in 8 bits, grey or RGB."""
+def upright(image: Image.Image) -> Image.Image:
+    """The image decoded, and turned as its file says that it is to be seen."""
     load(image)
-    image = ImageOps.exif_transpose(image)
+    return ImageOps.exif_transpose(image)
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """The image upright, in a mode of at most 8 bits."""
+    image = upright(image)
     if image.mode.startswith("I"):
         image = _sixteen_to_eight_bits(image)
     if image.mode == "F":
         raise BadImageError("its pixels are floating point, of unknown range; convert it to 8 or 16 bits")
+    return image
+
+
+def _to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """The image upright, opaque (on white), in 8 bits, grey or RGB."""
+    image = in_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -60,10 +71,21 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def covering_size(size: tuple[int, int], preprocessing: dict) -> tuple[int, int]:
-    """(width, height) to which a picture of `size` (width, height) is resized, so that image_size is just covered."""
+    """(width, height) to which a picture of `size` (width, height) is resized, so that image_size is just covered.
+
+    Raises:
+        BadImageError: a thin picture that would be enlarged to more pixels than Pillow would read.
+    """
     height, width = preprocessing["image_size"]
     scale = max(height / size[1], width / size[0])
-    return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
+    covering = max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
+    limit = Image.MAX_IMAGE_PIXELS
+    if scale > 1 and limit is not None and covering[0] * covering[1] > limit:
+        raise BadImageError(
+            f"to cover {width} x {height} pixels, its {size[0]} x {size[1]} would be enlarged to {covering[0]} x "
+            f"{covering[1]}, of which at most {limit} are allowed; crop it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        )
+    return covering
 
 
 def resize(image: Image.Image, preprocessing: dict) -> np.ndarray:

@@ -1,5 +1,7 @@
 """`Pipeline`: a tokenizer and a prior over its codes as one thing that samples, encodes, decodes, saves and loads."""
 
+import json
+import reprlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,12 +57,13 @@ class Pipeline:
     Args:
         tokenizer: stage one.
         prior: stage two; None takes the prior that the tokenizer assumed (or learned) while training.
-        class_names: one per class label, for labels given by name.
+        class_names: one per class label, for labels given by name; text.
         metrics: measured numbers, kept with the pipeline and shown in its model card.
         evaluations: by split, how those of them that an evaluation measured came about: command, data, protocol.
         text_tokenizer: what made token ids of the captions, if and only if the prior is conditional on them.
     Raises:
-        ValueError: the prior was trained on the codes of another tokenizer, or with captions of another text tokenizer.
+        ValueError: the prior was trained on the codes of another tokenizer, or with captions of another text tokenizer;
+            or a class name is no text.
     """
 
     def __init__(
@@ -84,6 +87,9 @@ class Pipeline:
         if prior is not None:
             check_belongs(prior, tokenizer)
         check_text_tokenizer(self.prior, text_tokenizer)
+        for name in self.class_names:
+            if not isinstance(name, str):
+                raise ValueError(f"class_names must be text, got {name!r}; give '{name}', or no names at all")
 
     # Loading and saving
     # --------------------------------------------------------------------------------------------
@@ -97,7 +103,7 @@ class Pipeline:
         prior: Prior | None = None,
         text_tokenizer: TextTokenizer | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **download_options,
     ) -> "Pipeline":
         """Loads a folder written by `save_pretrained` or by the training scripts, or a hub repository of that form.
@@ -106,11 +112,12 @@ class Pipeline:
             path_or_id: folder, or "user/name" on the hub.
             tokenizer, prior, text_tokenizer: used in place of the saved ones.
             device: where the models go; default the CPU.
-            dtype: floating-point type of the weights; default as saved.
-            download_options: revision, cache_dir, token, local_files_only, force_download.
+            dtype: floating-point type of the weights, or its name; default, and "auto", as saved.
+            download_options: subfolder; revision, cache_dir, token, local_files_only and force_download for the hub.
         Raises:
             ValueError: the folder is not a pipeline, a part is damaged, or its parts do not belong together.
         """
+        dtype = _floating_point(dtype)
         folder = resolve_folder(path_or_id, **download_options)
         index = _read_index(folder)
         tokenizer = tokenizer or _checked_part(index, "tokenizer", load_tokenizer(folder / "tokenizer"))
@@ -126,8 +133,13 @@ class Pipeline:
         return pipeline.to(device, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model_index.json, tokenizer/, prior/ and text_tokenizer/ (where there is one) and a model card."""
+        """Writes model_index.json, tokenizer/, prior/ and text_tokenizer/ (where there is one) and a model card.
+
+        Raises:
+            ValueError: JSON has nothing for one of the metrics or evaluations; nothing is written then.
+        """
         folder = Path(folder)
+        self._make_plain()
         save_model(self.tokenizer, folder / "tokenizer")
         if self.has_stage_two:
             # The weights may have been cast since they were loaded; that the two belong together is known here
@@ -143,6 +155,7 @@ class Pipeline:
 
     def save_index(self, folder: Path) -> None:
         """Writes model_index.json and the model card beside model folders that are already there."""
+        self._make_plain()
         text = {} if self.text_tokenizer is None else {TEXT_TOKENIZER: [TEXT_TOKENIZER, TextTokenizer.__name__]}
         write_json_atomic(
             folder / INDEX_NAME,
@@ -160,16 +173,21 @@ class Pipeline:
         with atomic_file(folder / "README.md") as file:
             file.write(model_card(self).encode())
 
+    def _make_plain(self) -> None:
+        """Makes metrics and evaluations what they will be when loaded again."""
+        self.metrics = _as_json("metrics", self.metrics)
+        self.evaluations = _as_json("evaluations", self.evaluations)
+
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **upload_options) -> str:
         """Saves the pipeline and uploads it; returns the address of the commit.
 
         Args:
-            repo_id: "user/name"; created where it does not exist.
+            repo_id: "user/name", or "name" of one's own; created where it does not exist.
             token: default what `hf auth login` stored.
             upload_options: passed to `HfApi.upload_folder` (commit_message, revision, create_pr, ...).
         """
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload_options))
@@ -208,7 +226,7 @@ class Pipeline:
             generator: one, or one per image; image i is then the same in a batch of any size.
             output_type: "pil" (list of images), "np" (B, H, W, C) or "pt" (B, C, H, W) in [0, 1], or "codes".
             batch_size: images computed at a time.
-            resample: "all", or "local" to draw codes once, for the first image, and for each image only the latents
+            resample: "all", or "local" to draw codes once, of one label or prompt, and for each image only the latents
                 that the decoder draws of its own: the same thing in other poses.
             codes_callback: see `Prior.sample`; called for the images of one batch after another.
             return_log_prob: whether to return a `SampleOutput`, with the exact log-probability of every draw.
@@ -218,6 +236,13 @@ class Pipeline:
         _check_output_type(output_type)
         generators, labels = self._requested(num_images, class_labels, prompts, generator, batch_size)
         self._check_resample(resample)
+        if resample == "local" and labels is not None:
+            if (class_labels is not None or prompts is not None) and (labels != labels[:1]).any():
+                raise ValueError(
+                    "resample 'local' draws codes once, for all images, but got different labels or prompts; "
+                    "give one, and sample others by themselves"
+                )
+            labels = labels[:1].expand(len(generators), *labels.shape[1:])
         num_drawn = 1 if resample == "local" else len(generators)
         codes, log_prob = draw_codes(
             self,
@@ -427,9 +452,9 @@ class Pipeline:
                 "interpolation needs as many first images as second ones and num_images of at least 2, "
                 f"got {len(first[0])} and {len(second[0])} images and num_images = {num_images}"
             )
-        weights = torch.linspace(0, 1, num_images, device=self.device, dtype=self.dtype)[None, :, None, None, None]
-        lines = [
-            torch.lerp(a[:, None], b[:, None], weights).flatten(0, 1)
+        weights = torch.linspace(0, 1, num_images, device=self.device)[None, :, None, None, None]
+        lines = [  # in float32: vectors of some codes are integers, those of others of another type than the weights
+            torch.lerp(a[:, None].float(), b[:, None].float(), weights).flatten(0, 1)
             for a, b in zip(self.tokenizer.embed(first), self.tokenizer.embed(second))
         ]
         return _output(self.tokenizer.decode_embedded(tuple(lines)), output_type)
@@ -508,7 +533,13 @@ class Pipeline:
     def dtype(self) -> torch.dtype:
         return next(self.tokenizer.parameters()).dtype
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Pipeline":
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | str | None = None
+    ) -> "Pipeline":
+        """Moves or casts the models, `to("cuda")`, `to(torch.bfloat16)` or `to("cuda", torch.bfloat16)`."""
+        if isinstance(device, torch.dtype) and dtype is None:
+            device, dtype = None, device
+        dtype = _floating_point(dtype)
         for model in self.components.values():
             model.to(device=device, dtype=dtype)
         return self
@@ -525,6 +556,12 @@ class Pipeline:
             if not isinstance(label, (str, Integral)) or isinstance(label, bool):
                 raise ValueError(f"a class label is a number or a name, got {label!r}")
         return [self.class_names.index(label) if isinstance(label, str) else int(label) for label in labels]
+
+    def labels_as_typed(self, labels: list[int | str] | int | str | None) -> list[int | str] | int | str | None:
+        """Labels of a command line, which takes the name "7" for a number: where a number is a name, the name."""
+        if isinstance(labels, list):
+            return [self.labels_as_typed(label) for label in labels]
+        return str(labels) if isinstance(labels, int) and str(labels) in self.class_names else labels
 
     def _conditions(self, class_labels, prompts, num_images: int, generators) -> Tensor | None:
         """What the prior calls labels: class labels, or the token ids of prompts."""
@@ -561,6 +598,33 @@ class Pipeline:
     def _classes(self, labels: Tensor | None) -> Tensor | None:
         """The class labels among what the prior calls labels."""
         return None if self.prior.conditional_on_text else labels
+
+
+def _floating_point(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """torch's type by its name; None for "auto", the type that weights have."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type of torch or its name, such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def _as_json(what: str, values: dict) -> dict:
+    """A dict as JSON gives it back, numbers of NumPy and torch as Python's. Raises ValueError naming other objects."""
+
+    def number(value):
+        if hasattr(value, "item"):
+            return value.item()
+        raise TypeError(f"{type(value).__name__} is not a number")
+
+    plain = {}
+    for name, value in values.items():
+        try:
+            plain[name] = json.loads(json.dumps(value, default=number, allow_nan=False))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{what}['{name}'] = {reprlib.repr(value)} cannot be written as JSON: {error}") from error
+    return plain
 
 
 def _as_list(values):

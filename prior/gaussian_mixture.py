@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prior.base import Codes, Prior, PriorConfig, check_positive
-from prior.sampling import draw, filter_logits
+from prior.sampling import check_drawn_from, draw, filter_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class GaussianMixture(Prior):
     distribution given them.
 
     Attributes:
-        logits (K,): of pi; means (K, n) and log_stds (K, n), for the n numbers of all real levels.
+        logits (K,): of pi; means (K, n) and log_stds (K, n), for the n numbers of all real levels; (1, 1) with one
+            component, which is the same for all numbers.
     Args:
         config: code space and number of components.
     """
@@ -69,17 +70,16 @@ class GaussianMixture(Prior):
         levels = slice(1 if config.num_classes else 0, None)
         self.lengths, self.shapes = self.spec.lengths[levels], self.spec.shapes[levels]
         num_components, num_dims = config.num_components, sum(self.lengths)
-        values = {
-            "logits": torch.zeros(num_components),
-            # apart, so that they can part, and near, so that the encoder may choose among all of them
-            "means": 0.3 * torch.randn(num_components, num_dims) if num_components > 1 else torch.zeros(1, num_dims),
-            "log_stds": torch.zeros(num_components, num_dims),
-        }
-        for name, value in values.items():
-            if num_components > 1:
-                self.register_parameter(name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value, persistent=False)
+        if num_components == 1:
+            # no memory that grows with the code space: a saved folder has no weights that would vouch for its size
+            self.register_buffer("logits", torch.zeros(1), persistent=False)
+            self.register_buffer("means", torch.zeros(1, 1), persistent=False)
+            self.register_buffer("log_stds", torch.zeros(1, 1), persistent=False)
+            return
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        # apart, so that they can part, and near, so that the encoder may choose among all of them
+        self.means = nn.Parameter(0.3 * torch.randn(num_components, num_dims))
+        self.log_stds = nn.Parameter(torch.zeros(num_components, num_dims))
 
     def log_prob(self, codes: Codes, labels: Tensor | None = None) -> Tensor:
         self.check_inputs(codes, labels)
@@ -104,7 +104,9 @@ class GaussianMixture(Prior):
             fixed, known = (self._numbers(part) for part in given)
             log_normals = log_normal(fixed.float().unsqueeze(1), means, log_stds)
             weights = weights + (log_normals * known.unsqueeze(1)).sum(dim=2)
-        component = draw(filter_logits(weights, options), uniform)
+        weights = filter_logits(weights, options)
+        check_drawn_from(weights.amax())
+        component = draw(weights, uniform)
         z = means[component] + options.temperature * log_stds[component].exp() * normal
         if given is not None:
             z = torch.where(known, fixed.float(), z)

@@ -11,14 +11,14 @@ first. A prior in raster order does not look at what lies to the right of a hole
 many candidates does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from pipelines.config import parse
+from pipelines.config import parse, plain
 from pipelines.masks import as_mask, named_mask, open_image
 from pipelines.pictures import check_picture, save_grid
 from pipelines.runs import Outcome, choose_device, find_run, refuse_several_processes, run_script
@@ -26,6 +26,12 @@ from pipelines.two_stage import INDEX_NAME, Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")
 CONDITIONS = ("class_labels", "prompts", "num_candidates", "keep_known_pixels")
+# By task, the options of a task that it uses; those that are in no row are for all
+USED = {
+    "mask": {*SAMPLING, *CONDITIONS, "ranking", "columns"},
+    "size": {*SAMPLING, *CONDITIONS, "position", "stride"},
+    "interpolate": {"batch_size"},
+}
 
 
 @dataclass
@@ -41,7 +47,8 @@ class Options:
         position: where on the canvas the images lie, [top, left] in pixels.
         stride: pixels by which the window moves over the canvas; default half the shorter side of an image.
         interpolate: that many images on the way from each image to the next.
-        class_labels: class number or name for all images, or a list of them; default each candidate draws its own.
+        class_labels: class name or number for all images, or a list of them; default each candidate draws its own.
+            Where classes have names that are numbers, a number is the name.
         prompts: caption for all images, or a list of them, where the prior is conditional on captions.
         num_candidates: completions of each image; of each window of a canvas, one of which is taken.
         ranking: the best completions are the most probable (log_prob), or drawn by how well what is known after the
@@ -94,6 +101,7 @@ def main() -> Outcome:
     tasks = [name for name in ("mask", "size", "interpolate") if config[name] is not None]
     if len(tasks) != 1:
         raise ValueError(f"give exactly one of --mask, --size and --interpolate, got {', '.join(tasks) or 'none'}")
+    refuse_options_of_others(tasks[0], config)
     paths = config["images"] if isinstance(config["images"], list) else [config["images"]]
     if config["interpolate"] is not None and len(paths) < 2:
         raise ValueError("interpolation needs at least two images")
@@ -102,6 +110,7 @@ def main() -> Outcome:
     pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
     pipeline.set_progress_bar_config(disable=None)  # in a terminal only
     options = {name: config[name] for name in (*SAMPLING, *CONDITIONS)}
+    options["class_labels"] = pipeline.labels_as_typed(config["class_labels"])
     options |= {"generator": torch.Generator().manual_seed(config["seed"]), "output_type": "pt"}
 
     results = {}
@@ -122,6 +131,14 @@ def main() -> Outcome:
     return Outcome(
         {"run": str(run), "images": len(pictures), **results, "seed": config["seed"], "pictures": [str(picture)]}
     )
+
+
+def refuse_options_of_others(task: str, config: dict) -> None:
+    """Raises ValueError for options that would change nothing, because only other tasks use them."""
+    unused = set().union(*USED.values()) - USED[task]
+    given = [f.name for f in fields(Options) if f.name in unused and config[f.name] != plain(f.default)]
+    if given:
+        raise ValueError(f"--{task} makes no use of {', '.join(f'--{name}' for name in given)}; leave it out")
 
 
 if __name__ == "__main__":

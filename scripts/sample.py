@@ -36,7 +36,8 @@ class Options:
     Args:
         run: run folder, pipeline folder or hub id; default the newest pipeline under runs/.
         num_images: number of images; default 64, or as many as class labels or prompts are listed.
-        class_labels: class number or name for all images, or a list of them, one per image; default drawn uniformly.
+        class_labels: class name or number for all images, or a list of them, one per image; default drawn uniformly.
+            Where classes have names that are numbers, a number is the name.
         prompts: caption for all images, or a list of them, one per image, where the prior is conditional on captions.
         temperature: divides the logits; 0 takes the most probable code each time.
         top_k: keep only the k most probable codes.
@@ -88,7 +89,8 @@ def main() -> Outcome | None:
     pipeline = Pipeline.from_pretrained(run, device=shards.device)
     pipeline.set_progress_bar_config(disable=None if shards.is_first else True)  # in a terminal only
 
-    num_images, labels, prompts = config["num_images"], config["class_labels"], config["prompts"]
+    num_images, prompts = config["num_images"], config["prompts"]
+    labels = pipeline.labels_as_typed(config["class_labels"])
     local = config["resample"] == "local"
     size = columns if local else 1  # of what is drawn together: a row of images with the same codes, or an image
     for name in ("class_grid", "animation"):
@@ -101,8 +103,9 @@ def main() -> Outcome | None:
     if num_images is None:
         num_images = size * len(listed) if isinstance(listed, list) else 64
     num_draws = -(-num_images // size)
-    if local and isinstance(listed, list) and len(listed) != num_draws:
-        raise ValueError(f"got {len(listed)} labels or prompts for {num_draws} rows of {size} images; give one per row")
+    if isinstance(listed, list) and len(listed) != num_draws:  # all of them: a process sees those of its share alone
+        what, each = (f"{num_draws} rows of {size} images", "row") if local else (f"{num_draws} images", "image")
+        raise ValueError(f"got {len(listed)} labels or prompts for {what}; give one per {each}, or one for all")
     if config["animation"] is not None and (shards.num_processes > 1 or num_images > config["batch_size"]):
         raise ValueError("an animation shows one batch of one process; raise batch_size or lower num_images")
     recording = None if config["animation"] is None else CodeRecording(pipeline.prior.spec)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipelines.masks import as_mask, code_masks, fill_from_around, named_mask
 from pipelines.outpainting import canvas_tokenizer, corners
@@ -117,6 +117,51 @@ def test_a_mask_image_is_cropped_as_its_image_and_loses_no_pixel(tmp_path):
     assert mask.nonzero().tolist() == [[0, 0, 7, 7]]
 
 
+def turned(picture, orientation):
+    """The picture as a camera of this EXIF orientation stores it."""
+    stored = picture.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation])
+    stored.getexif()[0x0112] = orientation
+    return stored
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_masks_and_images_are_both_looked_at_upright(orientation):
+    pipeline, pixels = make(), np.random.default_rng(0).integers(0, 256, (32, 16, 3), dtype=np.uint8)
+    image, mask = Image.fromarray(pixels), Image.new("L", (16, 32))
+    mask.paste(255, (0, 8, 5, 14))
+    assert ImageOps.exif_transpose(turned(mask, orientation)).tobytes() == mask.tobytes()
+    expected = pipeline.complete(image, mask, generator=seed(), output_type="pt")
+    assert 0 < expected.region.sum() < expected.region.numel()
+    for photo, hole in [(turned(image, orientation), mask), (image, turned(mask, orientation)),
+                        (turned(image, orientation), turned(mask, orientation))]:  # fmt: skip
+        found = pipeline.complete([photo], [hole], generator=seed(), output_type="pt")
+        assert found.region.equal(expected.region)
+        assert found.images.equal(expected.images)
+
+
+def test_a_mask_of_sixteen_bits_is_white_from_half_of_them_on():
+    values = np.full((8, 8), 300, dtype=np.uint16)
+    values[2, 3:5] = 65535, 40000
+    assert as_mask(Image.fromarray(values), 1, make_tokenizer()).nonzero()[:, 2:].tolist() == [[2, 3], [2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.eye(8, dtype=np.uint8), "marks no pixel .* white .255 .* its brightest pixel is 1 of 255"),
+        (np.full((8, 8), 300, dtype=np.uint16), "its brightest pixel is 1 of 255"),
+        (np.zeros((8, 8), dtype=bool), "its brightest pixel is 0 of 255"),
+        (np.eye(8, dtype=np.float32), "the mask: .* its pixels are floating point"),
+    ],
+)
+def test_mask_images_that_mark_nothing_are_refused(picture, message):
+    pipeline, picture = make(), Image.fromarray(picture)
+    with pytest.raises(ValueError, match=message):
+        pipeline.complete(torch.rand(1, 3, 8, 8), picture)
+    with pytest.raises(ValueError, match=message):  # one of them is enough: its image would come back unchanged
+        pipeline.complete(torch.rand(2, 3, 8, 8), [Image.new("L", (8, 8), "white"), picture])
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -209,6 +254,14 @@ def test_known_pixels_are_kept_exactly_if_asked():
         np.testing.assert_array_equal(array[~mask], original[~mask])
         np.testing.assert_array_equal(array[mask], decoded[mask])
         assert (decoded[~mask] != original[~mask]).any()
+
+
+def test_no_more_than_a_batch_is_encoded_at_a_time():
+    pipeline, images, sizes = make(), random_images(5, 3, 8, 8), []
+    pipeline.tokenizer.to_quantizer.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    pipeline.complete(images, TOP_HALF, batch_size=2)
+    pipeline.outpaint(images, (8, 12), batch_size=2)
+    assert sizes == [2, 2, 1] * 2
 
 
 def test_half_precision_keeps_pixels_exactly_too():

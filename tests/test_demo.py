@@ -131,6 +131,13 @@ def test_a_picture_is_seen_as_in_training():
     assert set(canvas.as_seen(picture, binary).unique().tolist()) == {0, 1}
 
 
+def test_a_line_that_would_be_enlarged_beyond_measure_is_refused(tmp_path):
+    Image.new("L", (200_000, 1)).save(tmp_path / "line.png")
+    picture = upload(tmp_path / "line.png", max_pixels=1_000_000)
+    with pytest.raises(ValueError, match="its 200000 x 1 would be enlarged to 6400000 x 32"):
+        canvas.as_seen(picture, flat((3, 32, 32)))
+
+
 def test_a_tokenizer_that_does_not_say_how_it_was_trained_sees_pictures_too():
     assert canvas.as_seen(Image.new("RGB", (20, 30), "red"), flat((1, 8, 8))).shape == (1, 8, 8)
 

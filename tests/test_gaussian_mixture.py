@@ -39,7 +39,8 @@ def seed(number: int = 0) -> torch.Generator:
 
 def reference(prior: GaussianMixture, temperature: float = 1.0) -> distributions.MixtureSameFamily:
     """The mixture of torch.distributions, over all numbers side by side, as sampling at a temperature changes it."""
-    normal = distributions.Normal(prior.means, temperature * prior.log_stds.exp())
+    means, log_stds = (table.expand(-1, sum(prior.lengths)) for table in (prior.means, prior.log_stds))
+    normal = distributions.Normal(means, temperature * log_stds.exp())
     weights = distributions.Categorical(logits=prior.logits / temperature)
     return distributions.MixtureSameFamily(weights, distributions.Independent(normal, 1))
 
@@ -79,6 +80,15 @@ def test_one_component_is_the_standard_normal_and_learns_nothing():
     )
 
 
+def test_one_component_takes_no_memory_whatever_the_size_of_the_codes():
+    prior = GaussianMixture(GaussianMixtureConfig(spec=CodeSpec(((2**24, 2**20),), (None,))))
+    assert sum(buffer.numel() for buffer in prior.to(torch.bfloat16).buffers()) == 3
+    half = make(LEVELS, num_components=1).to(torch.bfloat16)
+    codes = half.sample(5, generator=seed())
+    assert all(torch.equal(a, b) for a, b in zip(codes, make(LEVELS, num_components=1).sample(5, generator=seed())))
+    torch.testing.assert_close(half.log_prob(codes), reference(half.float()).log_prob(LEVELS.flatten(codes)))
+
+
 def test_the_density_needs_float32_also_under_autocast():
     prior, codes = make(), (torch.randn(5, 3, generator=seed()),)
     expected = prior.log_prob(codes)
@@ -115,7 +125,7 @@ def test_samples_have_the_density_that_the_temperature_makes(num_components, tem
     LEVELS.check(codes)
     z, weights = LEVELS.flatten(codes), (prior.logits / temperature).softmax(0).detach().double().numpy()
     for direction in [*torch.eye(4), *torch.randn(4, 4, generator=seed(1))]:
-        means = (prior.means @ direction).detach().double().numpy()
+        means = (prior.means.expand(-1, 4) @ direction).detach().double().numpy()
         stds = (temperature * (prior.log_stds.exp() * direction).norm(dim=1)).detach().double().numpy()
         assert_distributed(z @ direction, lambda x, m=means, s=stds: stats.norm.cdf(x[:, None], m, s) @ weights)
 

@@ -260,6 +260,13 @@ def test_priors_without_a_log_probability_of_their_samples_say_so(prior):
         make("vqvae", prior).sample(2, return_log_prob=True)
 
 
+def test_a_number_on_a_command_line_is_a_class_of_that_name():
+    pipeline = make(num_classes=3)
+    pipeline.class_names = ["1", "2", "3"]
+    for typed, expected in [(2, "2"), ("2", "2"), (0, 0), ([3, 0, "1"], ["3", 0, "1"]), (None, None)]:
+        assert pipeline.labels_as_typed(typed) == expected
+
+
 def test_the_progress_bar_can_be_silenced(capsys):
     pipeline = make()
     pipeline.sample(2)
@@ -336,9 +343,9 @@ def test_vectors_of_codes_are_decoded_as_the_codes_are_or_refused(name):
         torch.testing.assert_close(tokenizer.decode_embedded(tokenizer.embed(codes)), tokenizer.decode(codes))
 
 
-@pytest.mark.parametrize("tokenizer", ["vqvae", "vqvae2"])
+@pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))
 def test_a_line_between_two_images_begins_and_ends_with_their_reconstructions(tokenizer):
-    pipeline = make(tokenizer)
+    pipeline = make(tokenizer, None)
     first, second = torch.rand(2, 3, 3, 8, 8, generator=seed(1))
     lines = pipeline.interpolate(first, second, 5, output_type="pt").unflatten(0, (3, 5))
     for end, images in ((0, first), (-1, second)):
@@ -346,6 +353,11 @@ def test_a_line_between_two_images_begins_and_ends_with_their_reconstructions(to
     embedded = [pipeline.tokenizer.embed(pipeline.encode(images)) for images in (first, second)]
     quarter = tuple(0.75 * a + 0.25 * b for a, b in zip(*embedded))
     torch.testing.assert_close(lines[:, 1], pipeline.tokenizer.decode_embedded(quarter))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        pipeline.to(dtype)
+        ends = pipeline.interpolate(first, second, 2, output_type="pt").unflatten(0, (3, 2))
+        torch.testing.assert_close(ends[:, 1], pipeline.reconstruct(second, output_type="pt"))
+    pipeline.to(torch.float32)
     assert len(pipeline.interpolate(first[:1], second[:1])) == 8
     with pytest.raises(ValueError, match="got 1 and 3 images and num_images = 8"):
         pipeline.interpolate(first[:1], second)
@@ -428,19 +440,71 @@ def test_saving_over_an_existing_pipeline_replaces_it(tmp_path):
     assert fingerprint(loaded.tokenizer) == fingerprint(pipeline.tokenizer)
 
 
-@pytest.mark.parametrize("prior", [None, *sorted(PRIORS)])
-def test_a_pipeline_in_half_precision_samples_saves_and_loads(prior, tmp_path):
-    make("vqvae", prior).save_pretrained(tmp_path / "full")
-    half = Pipeline.from_pretrained(tmp_path / "full", dtype=torch.bfloat16, device="cpu")
+# Tokenizer, prior and options: every prior, tokenizer and quantizer, and decoders with latents of their own
+KINDS = {
+    **{f"vqvae-{prior}": ("vqvae", prior, {}) for prior in PRIORS},
+    **{name: (name, None, {}) for name in TOKENIZERS},
+    **{name: ("vqvae", None, {"quantizer": {"type": name, **options}}) for name, options in tiny.QUANTIZERS.items()},
+    **{f"{name}-conv": (name, None, {"network": {"type": "conv", **tiny.LATENT_NETWORKS["conv"]}})
+       for name in ("dvaepp", "gaussian_vae")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("tokenizer", "prior", "options"), KINDS.values(), ids=KINDS)
+def test_a_pipeline_in_half_precision_samples_saves_and_loads(tokenizer, prior, options, dtype, tmp_path):
+    make(tokenizer, prior, **options).save_pretrained(tmp_path / "full")
+    half = Pipeline.from_pretrained(tmp_path / "full", dtype=dtype, device="cpu")
     half.set_progress_bar_config(disable=True)
-    assert (half.dtype, half.device.type) == (torch.bfloat16, "cpu")
+    assert (half.dtype, half.device.type) == (dtype, "cpu")
     loaded = reload(half, tmp_path / "half")  # the prior still belongs to the tokenizer, whose weights were cast
-    assert loaded.dtype == torch.bfloat16
+    assert loaded.dtype == dtype
     images = half.sample(3, generator=seed(), output_type="pt")
     assert images.dtype == torch.float32
     assert torch.equal(loaded.sample(3, generator=seed(), output_type="pt"), images)
-    assert half.encode(images)[0].dtype == torch.int64
+    half.tokenizer.spec.check(half.encode(images))
+    assert half.reconstruct(images, generator=seed(), output_type="pt").shape == images.shape
     assert half.to(dtype=torch.float32).dtype == torch.float32
+
+
+def test_types_are_given_as_torch_has_them_or_by_name(tmp_path):
+    pipeline = make()
+    for dtype, expected in [("bfloat16", torch.bfloat16), ("auto", torch.float32), (None, torch.float32)]:
+        assert reload(pipeline, tmp_path, dtype=dtype).dtype == expected
+    assert next(pipeline.to(torch.bfloat16).prior.parameters()).dtype == torch.bfloat16
+    assert pipeline.to("cpu").dtype == torch.bfloat16
+    assert pipeline.to("cpu", "float64").dtype == torch.float64
+    for dtype in ("bf16", "int64", torch.int8, "Tensor", 16):
+        with pytest.raises(ValueError, match=f"floating-point type .* such as 'bfloat16', got '?{dtype}'?$"):
+            pipeline.to(dtype=dtype)
+        with pytest.raises(ValueError, match=f"floating-point type .* such as 'bfloat16', got '?{dtype}'?$"):
+            Pipeline.from_pretrained(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("number", [np.float32(3), np.int64(3), torch.tensor(3.0), torch.tensor(3, dtype=torch.int16)])
+def test_measured_numbers_of_any_library_are_saved(number, tmp_path):
+    pipeline = make()
+    pipeline.metrics["fid"] = number
+    assert reload(pipeline, tmp_path).metrics == {"fid": 3}
+    assert "| fid | 3 |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("value", [float("nan"), np.float32("inf"), np.zeros(2), torch.zeros(2), {1, 2}, make])
+def test_what_cannot_be_saved_leaves_the_folder_as_it_was(value, tmp_path):
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path)
+    other = make()
+    other.metrics["fid"] = value
+    with pytest.raises(ValueError, match=r"metrics\['fid'\] = .* cannot be written as JSON"):
+        other.save_pretrained(tmp_path)
+    assert fingerprint(Pipeline.from_pretrained(tmp_path).tokenizer) == fingerprint(pipeline.tokenizer)
+
+
+@pytest.mark.parametrize("names", [[0, 1, 2], ["cat", None, "owl"], np.array([0, 1, 2])])
+def test_names_of_classes_are_text(names):
+    pipeline = make(num_classes=3)
+    with pytest.raises(ValueError, match=r"class_names must be text, got"):
+        Pipeline(pipeline.tokenizer, pipeline.prior, class_names=names)
 
 
 def test_the_model_card_holds_what_was_measured(tmp_path):
@@ -509,6 +573,8 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(length) if length else b"".join(iter(self.chunk, b""))
         url = os.environ["HF_ENDPOINT"] + "/user/name"
         self.asked.append((self.path, self.headers.get("Authorization")))
+        if self.path.startswith("/api/models/") and not self.path.startswith("/api/models/user/name/"):
+            return self.answer({"error": "Repository not found"}, 404)
         if "preupload" in self.path:
             paths = [file["path"] for file in json.loads(body)["files"]]
             modes = {"uploadMode": "regular", "shouldIgnore": False}
@@ -523,9 +589,9 @@ class Hub(BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.rfile.readline(), 16))
         self.rfile.readline()
         return data
-    def answer(self, obj):
+    def answer(self, obj, status=200):
         data = json.dumps(obj).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -538,7 +604,9 @@ from pathlib import Path
 from pipelines import Pipeline
 
 pipeline = Pipeline.from_pretrained(sys.argv[1])
-pipeline.push_to_hub("user/name", token="hf_secret")
+for repo_id in ("user/name", "name"):
+    Hub.files.clear()
+    pipeline.push_to_hub(repo_id, token="hf_secret")
 for name, data in Hub.files.items():
     path = Path(sys.argv[2]) / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -624,6 +692,19 @@ def test_local_resampling_keeps_the_codes_and_changes_the_image():
     alone = pipeline.sample(1, generator=seeds(7), output_type="pt")
     together = pipeline.sample(3, generator=seeds(7, 8, 9), resample="local", output_type="pt")
     torch.testing.assert_close(together[:1], alone)
+
+
+def test_local_resampling_draws_the_codes_of_one_label():
+    network = {"type": "conv", **tiny.LATENT_NETWORKS["conv"]}
+    pipeline = make("dvaepp", "gpt", 3, network=network)
+    options = {"resample": "local", "return_log_prob": True, "output_type": "codes", "generator": seed()}
+    for labels in (None, "owl", ["owl", "owl", 2, 2]):
+        (codes,), log_prob, found = pipeline.sample(4, labels, **options)
+        assert found.equal(found[:1].expand(4))
+        assert labels is None or found[0] == 2
+        torch.testing.assert_close(pipeline.prior.log_prob((codes,), found), log_prob)
+    with pytest.raises(ValueError, match="draws codes once, for all images, but got different labels or prompts"):
+        pipeline.sample(class_labels=["owl", "cat"], resample="local")
 
 
 def test_local_resampling_is_refused_where_there_is_nothing_to_resample():

@@ -20,12 +20,14 @@ from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, load
 from pipelines.config import Polymorphic, parse
 from pipelines.drawing import one_generator_each
 from pipelines.images import DataConfig, load_images
+from pipelines.masks import named_mask
 from pipelines.pictures import save_grid
 from pipelines.runs import choose_device, say_skipped
 from pipelines.training import TrainingConfig
 from prior import PRIORS
 from prior.base import CodeSpec
 from tests import tiny
+from tests.test_pipeline import make as make_pipeline
 from tokenizer import TOKENIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,6 +178,36 @@ def test_a_row_of_samples_is_one_thing_in_several_poses(tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_a_class_whose_name_is_a_number_is_meant_by_it(tmp_path):
+    torch.manual_seed(0)
+    pipeline = make_pipeline("vqvae", "gpt", 3)
+    pipeline.class_names = ["1", "2", "3"]
+    pipeline.save_pretrained(tmp_path / "p")
+    image, label = pipeline.sample(1, "2")[0], ["--run", "p", "--class_labels", "2"]
+    image.save(tmp_path / "a.png")
+    done = run(tmp_path, "sample", *label, "--num_images", "16", "--output", "two.png")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("2", "3"):
+        images = pipeline.sample(16, name, generator=torch.Generator().manual_seed(0), output_type="pt")
+        save_grid(images, tmp_path / "expected.png", columns=8)
+        assert ((tmp_path / "two.png").read_bytes() == (tmp_path / "expected.png").read_bytes()) == (name == "2")
+    done = run(tmp_path, "complete", *label, "--images", "a.png", "--mask", "bottom", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    generator = torch.Generator().manual_seed(0)
+    expected = pipeline.complete(
+        image, named_mask("bottom", pipeline.tokenizer), class_labels="2", num_candidates=4, generator=generator
+    )
+    assert json.loads(done.stdout)["log_prob"] == expected.log_prob.tolist()
+
+
+def test_labels_that_fit_the_share_of_a_process_do_not_fit_all_images(run_folder):
+    options = ["--num_images", "4", "--class_labels", "[3, 7]"]
+    launcher = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
+    done = run(run_folder.parents[1], "sample", *options, launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 1
+    assert "got 2 labels or prompts for 4 images; give one per image, or one for all" in done.stderr
+
+
 def test_images_are_completed_continued_and_interpolated(run_folder, tmp_path):
     images = Pipeline.from_pretrained(run_folder).sample(class_labels=[3, 7])
     mask = Image.new("L", (8, 8))
@@ -216,7 +248,7 @@ def test_a_prior_in_a_folder_of_its_own_can_be_evaluated(run_folder, tmp_path):
     done = run(tmp_path, "train_prior", "--run", str(run_folder), "--output", "own", *TINY_PRIOR, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
     done = run(
-        tmp_path, "evaluate", "--run", "own", "--data.max_images", "20", "--metrics", "[likelihood]", "--ood", "noise"
+        tmp_path, "evaluate", "--run", "own", "--data.max_images", "20", "--metrics", "likelihood", "--ood", "noise"
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "bits_per_dim" in done.stdout
@@ -240,6 +272,12 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
     recorded = json.loads((run_folder / "prior" / "config.json").read_text())["tokenizer_fingerprint"]
     assert recorded in done.stderr
     assert fingerprint(tokenizer) in done.stderr
+    # nor is that tokenizer overwritten by the one of another run
+    done = run(tmp_path, "train_prior", "--run", str(run_folder), "--output", str(other), *TINY_PRIOR, *SHORT)
+    assert "holds another tokenizer" in done.stderr
+    assert fingerprint(load_tokenizer(other / "tokenizer")) == fingerprint(tokenizer)
+    done = run(tmp_path, "train_prior", "--run", str(run_folder), "--prior.type", "rbm", "--output", "own")
+    assert "add --class_conditional false" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -258,6 +296,12 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
         ("complete", ["--images", "x.png"], "give exactly one of --mask, --size and --interpolate, got none"),
         ("complete", ["--images", "x.png", "--interpolate", "4"], "interpolation needs at least two images"),
         ("complete", ["--images", "x.png", "--mask", "left"], "x.png: cannot be read as an image"),
+        (
+            "complete",
+            ["--images", "x.png", "--interpolate", "4", "--temperature", "-5", "--position", "[0, 4]"],
+            "--interpolate makes no use of --position, --temperature; leave it out",
+        ),
+        ("complete", ["--images", "x.png", "--size", "[8, 8]", "--ranking", "importance"], "no use of --ranking;"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_not_a_traceback(script, arguments, message, tmp_path):

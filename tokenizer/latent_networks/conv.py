@@ -142,7 +142,7 @@ class LocalLatents(nn.Module):
     def forward(self, x: Tensor, encoded: Tensor | None, noise: Noise | None) -> tuple[Tensor, LocalGroup | None]:
         mean, log_scale = _bounded(self.prior(x))
         if encoded is None:
-            return x + self.merge(mean + _draw(log_scale, noise)), None
+            return x + self._merged(mean + _draw(log_scale, noise)), None
         shift, log_ratio = _bounded(self.posterior(torch.cat([x, encoded], dim=1)))
         # In units of the prior: p is N(0, 1), q is N(shift, exp(log_ratio)^2)
         e = shift + _draw(log_ratio, noise)
@@ -150,7 +150,10 @@ class LocalLatents(nn.Module):
         standardized = (e - shift) * torch.exp(-log_ratio)
         log_p_over_q = (standardized.square() - e.square()) / 2 + log_ratio
         group = LocalGroup(kl.flatten(1).sum(1), log_p_over_q.flatten(1).sum(1), kl[0].numel())
-        return x + self.merge(mean + log_scale.exp() * e), group
+        return x + self._merged(mean + log_scale.exp() * e), group
+
+    def _merged(self, h: Tensor) -> Tensor:
+        return self.merge(h.to(self.merge.weight.dtype))  # latents are float32 also where weights are not
 
 
 def _bounded(parameters: Tensor) -> tuple[Tensor, Tensor]:
