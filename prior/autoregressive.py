@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prior.base import PADDING, Codes, Prior, PriorConfig, Sampled, check_fraction, silent
-from prior.sampling import check_drawn_from, draw, final_logits, log_prob_of
+from prior.sampling import check_totals, draw, final_logits, log_prob_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +120,10 @@ class AutoregressivePrior(Prior):
             fixed, known = (self.spec.flatten(part).unbind(1) for part in given)
         steps, codes, sent = self.steps(classes), [], None
         log_prob = torch.zeros(num_samples, device=noise.device)
-        largest = torch.full((), -torch.inf, device=noise.device)
+        totals: list[Tensor] = []
         for i in range(length):
             logits = final_logits(steps.send(sent), options, i, length)
-            largest = torch.maximum(largest, logits.amax())
-            code = draw(logits, uniform[i])
+            code = draw(logits, uniform[i], totals)
             if given is not None:
                 code = torch.where(known[i], fixed[i], code)
             if with_log_prob:
@@ -137,7 +136,7 @@ class AutoregressivePrior(Prior):
                     callback(i + 1, length)
                     if codes_callback is not None:
                         codes_callback(*self._so_far(codes, given))
-        check_drawn_from(largest)
+        check_totals(totals)
         return Sampled(self.spec.unflatten(torch.stack(codes, dim=1)), log_prob)
 
     def _so_far(self, codes: list[Tensor], given) -> tuple[Codes, Codes]:

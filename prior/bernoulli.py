@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prior.annealed_importance import LogPartition
 from prior.base import Codes
 from prior.bits import BitPrior, BitPriorConfig, bits_to_codes, codes_to_bits, mask_to_bits
-from prior.sampling import check_drawn_from
+from prior.sampling import NOT_NUMBERS
 
 
 class Bernoulli(BitPrior):
@@ -56,7 +56,8 @@ class Bernoulli(BitPrior):
 
     def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
         uniform, logits = noise.uniform(self.num_bits), self.logits
-        check_drawn_from(logits.amax())
+        if logits.isnan().any():
+            raise ValueError(NOT_NUMBERS)
         most_probable = (logits > 0).expand_as(uniform)
         bits = uniform < (logits / options.temperature).sigmoid() if options.temperature else most_probable
         if given is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from prior.base import Codes, Prior, PriorConfig, Sampled
-from prior.sampling import check_drawn_from, draw, filter_logits, log_prob_of
+from prior.sampling import check_totals, draw, filter_logits, log_prob_of
 
 
 class Factorial(Prior):
@@ -50,8 +50,8 @@ class Factorial(Prior):
         drawn = []
         for table, n in zip(self.log_probs(labels), self.spec.lengths):
             logits = filter_logits(table, options).expand(num_samples, -1, -1).flatten(0, 1)
-            check_drawn_from(logits.amax())
-            code = draw(logits, noise.uniform(n).flatten())
+            code = draw(logits, noise.uniform(n).flatten(), totals := [])
+            check_totals(totals)
             drawn.append((code, log_prob_of(code, logits)))
         codes, log_probs = (
             tuple(part.view(num_samples, *shape) for part, shape in zip(parts, self.spec.shapes))

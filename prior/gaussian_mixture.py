@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prior.base import Codes, Prior, PriorConfig, check_positive
-from prior.sampling import check_drawn_from, draw, filter_logits
+from prior.sampling import check_totals, draw, filter_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,8 @@ class GaussianMixture(Prior):
             fixed, known = (self._numbers(part) for part in given)
             log_normals = log_normal(fixed.float().unsqueeze(1), means, log_stds)
             weights = weights + (log_normals * known.unsqueeze(1)).sum(dim=2)
-        weights = filter_logits(weights, options)
-        check_drawn_from(weights.amax())
-        component = draw(weights, uniform)
+        component = draw(filter_logits(weights, options), uniform, totals := [])
+        check_totals(totals)
         z = means[component] + options.temperature * log_stds[component].exp() * normal
         if given is not None:
             z = torch.where(known, fixed.float(), z)

@@ -9,6 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+NOT_NUMBERS = (
+    "the logits of the codes overflowed or are not numbers: the weights are damaged, or too large for their type; "
+    "in float16 take bfloat16 or float32, and a smaller guidance_scale where it is large"
+)
+
 GuidanceSchedule = Literal["constant", "linear"] | tuple[float, float]
 
 
@@ -143,8 +148,10 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor, totals: list[Tensor] | None = None) -> Tensor:
     """Codes (B,) from logits (B, K) and noise (B,) in [0, 1 - 2^-24], the range of `torch.rand`.
+
+    To `totals`, where given, it adds the sums of the probabilities (B, 1), for `check_totals` after the last code.
 
     By the inverse of the cumulative distribution: the same noise gives the same codes on every device, up to rounding,
     unlike `torch.multinomial`; a code of probability zero is never drawn.
@@ -154,8 +161,10 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     # monotone does not matter either, because the target lies below the largest value
     cumulative = cumulative_sum(probabilities).masked_fill_(probabilities == 0, 0.0)
     # u (1 - 2^-24) rounds to less than its other factor in float32
-    target = cumulative.amax(-1, keepdim=True).mul_(uniform[:, None])
-    return (cumulative > target).int().argmax(-1)  # the first
+    total = cumulative.amax(-1, keepdim=True)
+    if totals is not None:
+        totals.append(total)
+    return (cumulative > total * uniform[:, None]).int().argmax(-1)  # the first
 
 
 def cumulative_sum(probabilities: Tensor) -> Tensor:
@@ -165,16 +174,13 @@ def cumulative_sum(probabilities: Tensor) -> Tensor:
     return (probabilities.double() * 2**48).long().cumsum(-1).double().mul_(2**-48).to(probabilities.dtype)
 
 
-def check_drawn_from(largest: Tensor) -> None:
-    """Raises ValueError unless all codes came from logits that are numbers, given the largest one of all.
+def check_totals(totals: list[Tensor]) -> None:
+    """Raises ValueError where codes came from what is no distribution, given what `draw` noted.
 
-    Once after drawing, not for each code: a look at a number makes the processor wait for a GPU.
+    Once for all codes: a look at a number makes the processor wait for a GPU.
     """
-    if not largest.item() < math.inf:
-        raise ValueError(
-            "the logits of the codes overflowed or are not numbers: the weights are damaged, or too large for their "
-            "type; in float16 take bfloat16 or float32, and a smaller guidance_scale where it is large"
-        )
+    if not (torch.stack(totals) > 0).all():
+        raise ValueError(NOT_NUMBERS)
 
 
 def log_prob_of(codes: Tensor, logits: Tensor) -> Tensor:
