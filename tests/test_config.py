@@ -222,6 +222,13 @@ def test_a_run_remembers_the_data_of_its_tokenizer(tmp_path):
         saved_data_section(tmp_path)
 
 
+def test_the_folder_of_a_runs_images_is_no_place_for_another_data_set(tmp_path, monkeypatch):
+    save_config(tmp_path / "stage_one" / "config.yaml", read("--data.name=folder", "--data.root=pictures"))
+    for arguments, root in (([], "pictures"), (["--data.name=folder"], "pictures"), (["--data.name=MNIST"], None)):
+        monkeypatch.setattr("sys.argv", ["extract_codes.py", *arguments])
+        assert saved_data_section(tmp_path)["data"].get("root") == root
+
+
 def test_a_pipeline_without_a_run_says_how_images_are_prepared_where_the_data_are_named(tmp_path, monkeypatch):
     prepared = {"image_size": [8, 8], "channels": 3, "crop": "center", "binarize": "none"}
     options = {**tiny.TOKENIZERS["vqvae"], "preprocessing": {**prepared, "value_range": [0, 1]}}

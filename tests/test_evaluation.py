@@ -347,6 +347,16 @@ def test_other_data_are_prepared_alike_and_have_no_labels(tmp_path):
         load_other("digits", images)
 
 
+def test_another_data_set_is_not_looked_for_in_a_folder_of_images(monkeypatch):
+    asked = []
+    monkeypatch.setattr("pipelines.ood.load_images", lambda config, split: asked.append(config) or digits("validation"))
+    images = digits("test")
+    for name, root in (("folder", DataConfig.root), ("MNIST", "elsewhere")):
+        monkeypatch.setattr(images, "config", replace(images.config, name=name, root="elsewhere"))
+        load_other("FashionMNIST", images)
+        assert (asked[-1].name, asked[-1].root) == ("FashionMNIST", root)
+
+
 # Weights of others
 # ------------------------------------------------------------------------------------------------
 
