@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
