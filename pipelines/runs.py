@@ -86,7 +86,7 @@ def one_line(error: BaseException) -> str:
 
 
 def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:
-    """The run folder named, or the one under `runs` in which `containing` was written last.
+    """The run folder named, or of those under `runs` that have `containing` the one that was trained last.
 
     Raises:
         ValueError: the folder named does not have `containing`, or there is none that has.
@@ -95,10 +95,16 @@ def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:
         if not (Path(run) / containing).exists():
             raise ValueError(f"{run} has no {containing}; is it a run folder, and did its training finish?")
         return Path(run)
-    found = sorted(runs.glob(f"*/{containing}"), key=lambda path: path.stat().st_mtime)
+    found = [path.parents[len(Path(containing).parts) - 1] for path in runs.glob(f"*/{containing}")]
     if not found:
         raise ValueError(f"no run under {runs.absolute()} has {containing}; train a tokenizer first, or give --run")
-    return found[-1].parents[len(Path(containing).parts) - 1]
+    return max(found, key=lambda folder: _last_trained(folder, containing))
+
+
+def _last_trained(folder: Path, containing: str) -> float:
+    """When its weights were written, since an evaluation writes other files anew."""
+    weights = [path for part in ("tokenizer", "prior") for path in folder.glob(f"{part}/*.safetensors")]
+    return max(path.stat().st_mtime for path in weights or [folder / containing])
 
 
 def find_codes(run: str | None, runs: Path = RUNS) -> Path:

@@ -260,6 +260,16 @@ def test_the_newest_run_is_found_unless_one_is_named(tmp_path):
         find_run(None, "model_index.json", tmp_path)
 
 
+def test_a_run_that_was_evaluated_again_is_not_the_newest(tmp_path):
+    for time, name in ((1, "first"), (2, "second")):
+        for path in (tmp_path / name / "tokenizer" / "model.safetensors", tmp_path / name / "model_index.json"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (time, time))
+    os.utime(tmp_path / "first" / "model_index.json", (3, 3))
+    assert find_run(None, "model_index.json", tmp_path) == tmp_path / "second"
+
+
 def test_peek_reads_one_value_and_leaves_complaints_to_the_parser():
     assert peek("run", ["--x", "1", "--run", "a"]) == peek("run", ["--run=a"]) == "a"
     assert peek("run", ["--running", "a"]) is peek("run", ["--run"]) is None
