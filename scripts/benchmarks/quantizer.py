@@ -147,7 +147,7 @@ def ritheshkumar95(problem: Problem, folder: str) -> Callable:
 
 
 def floor(problem: Problem) -> Callable:
-    """The products of the distances alone, in tiles at which they are fast: what no search can do without."""
+    """The products of the distances alone, in float32 and in tiles at which they are fast."""
     vectors, codebook = problem.vectors(), problem.codebook
     largest = (2048, 1024) if vectors.device.type == "cpu" else (8192, 16384)
     rows, columns = (min(length, len(matrix)) for length, matrix in zip(largest, (vectors, codebook)))

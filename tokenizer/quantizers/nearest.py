@@ -1,9 +1,12 @@
 """Exact nearest-neighbour search in a codebook, in tiles: the N x K distances never exist all at once."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from tokenizer.quantizers.nearest_bfloat16 import Screening, screening_pays
 
 # Vectors x entries of a tile of distances. On the CPU 1 MB of each thread's stays in the cache between the product and
 # the argmin, and both sides are long enough for the product to run at full rate.
@@ -38,12 +41,7 @@ class Search:
         half_squares = codebook.square().sum(dim=1) / 2
         self.codebook = codebook.contiguous(), half_squares
         if self.on_cpu:
-            # The term joins the product as one more channel, in which vectors are 1: to add it takes a pass more.
-            entries = codebook.new_empty(len(codebook), codebook.shape[1] + 1)
-            torch.neg(codebook, out=entries[:, :-1])
-            entries[:, -1] = half_squares
-            self.blocks = entries.split(self.columns)
-            self.vectors = codebook.new_empty(0, entries.shape[1])
+            self.vectors = codebook.new_empty(0, codebook.shape[1] + 1)
         self.tile = codebook.new_empty(0)
         self.fused = _fused_search() if codebook.device.type == FUSED_DEVICE else None
 
@@ -54,15 +52,43 @@ class Search:
             if self.fused is not None:
                 return self.fused(vectors.float().contiguous(), *self.codebook)
             codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-            rows = min(self.rows, len(vectors))
-            if self.tile.numel() < rows * self.columns:
-                self.tile = self.tile.new_empty(rows * self.columns)
-                if self.on_cpu:
-                    self.vectors = self.vectors.new_ones(rows, self.vectors.shape[1])
-            search = self._search_on_cpu if self.on_cpu else self._search
-            for part, found in zip(vectors.float().split(self.rows), codes.split(self.rows)):
-                search(part, found)
+            if screening_pays(vectors, self.codebook[0]):
+                # with others, since the sums of few rows may be taken, and rounded, in another order than those of all
+                undecided = torch.cat([self.screening(vectors.float(), codes), torch.arange(min(32, len(vectors)))])
+                found = torch.empty_like(undecided)
+                self._search_tiles(vectors[undecided].float(), found)
+                codes[undecided] = found
+            else:
+                self._search_tiles(vectors.float(), codes)
             return codes
+
+    def _search_tiles(self, vectors: Tensor, codes: Tensor) -> None:
+        """Writes the codes of vectors, in float32, as many at a time as a tile has rows."""
+        rows = min(self.rows, len(vectors))
+        if self.tile.numel() < rows * self.columns:
+            self.tile = self.tile.new_empty(rows * self.columns)
+            if self.on_cpu:
+                self.vectors = self.vectors.new_ones(rows, self.vectors.shape[1])
+        search = self._search_on_cpu if self.on_cpu else self._search
+        for part, found in zip(vectors.split(self.rows), codes.split(self.rows)):
+            search(part, found)
+
+    @cached_property
+    def screening(self) -> Screening:
+        """What finds most codes on some CPUs."""
+        return Screening(self.codebook[0])
+
+    @cached_property
+    def blocks(self) -> tuple[Tensor, ...]:
+        """What vectors are multiplied by on the CPU: (-w, |w|^2 / 2) of each entry w, in blocks of `columns` of them.
+
+        The second term joins the product as one more channel, in which vectors are 1: to add it takes a pass more.
+        """
+        codebook, half_squares = self.codebook
+        entries = codebook.new_empty(len(codebook), codebook.shape[1] + 1)
+        torch.neg(codebook, out=entries[:, :-1])
+        entries[:, -1] = half_squares
+        return entries.split(self.columns)
 
     def _search(self, vectors: Tensor, codes: Tensor) -> None:
         """Writes the codes of at most `rows` vectors."""
