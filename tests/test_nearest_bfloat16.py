@@ -120,6 +120,13 @@ def test_numbers_that_are_none_change_no_other_code(number, candidates):
     assert with_it.max() < 67
 
 
+def test_the_default_device_is_of_no_account():
+    vectors, codebook = torch.randn(2048, 128), torch.randn(4096, 128)
+    with torch.device("meta"):
+        codes = nearest(vectors, codebook)
+    assert torch.equal(codes, nearest(vectors, codebook))
+
+
 def test_training_is_what_it_is_without(monkeypatch):
     features = torch.randn(8, 128, 16, 16)
     outputs = []

@@ -54,7 +54,8 @@ class Search:
             codes = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
             if screening_pays(vectors, self.codebook[0]):
                 # with others, since the sums of few rows may be taken, and rounded, in another order than those of all
-                undecided = torch.cat([self.screening(vectors.float(), codes), torch.arange(min(32, len(vectors)))])
+                others = torch.arange(min(32, len(vectors)), device=codes.device)
+                undecided = torch.cat([self.screening(vectors.float(), codes), others])
                 found = torch.empty_like(undecided)
                 self._search_tiles(vectors[undecided].float(), found)
                 codes[undecided] = found

@@ -1,9 +1,7 @@
 """Which entries of a codebook can be nearest, from products in bfloat16: for CPUs with matrix units for those."""
 
 from functools import cache
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +22,8 @@ TINY = 2.0**-80
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has matrix units for bfloat16 (Intel's AMX), which sum in float32."""
-    flags = Path("/proc/cpuinfo")
-    return flags.exists() and "amx_bf16" in flags.read_text()
+    """Whether this CPU has matrix units for bfloat16 (AMX), which sum in float32; False where torch is too old to tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 def screening_pays(vectors: Tensor, codebook: Tensor) -> bool:
@@ -51,7 +48,7 @@ class Screening:
         self.codebook = codebook
         self.center = codebook.mean(dim=0)  # |x - w| stays and the error of x.w shrinks with the norms
         # |x - w|^2 / 2 = -x.w + |w|^2 / 2 + |x|^2 / 2 as one product of dim + 4 channels: squares in two parts each
-        self.channels = torch.ones(codebook_size, dim + 4, dtype=torch.bfloat16)
+        self.channels = codebook.new_ones(codebook_size, dim + 4, dtype=torch.bfloat16)
         largest = []
         for entries, channels in zip(codebook.split(PIECE), self.channels.split(PIECE)):
             norms = _round(self.center - entries, channels[:, :dim], channels[:, dim : dim + 2])
@@ -71,7 +68,7 @@ class Screening:
             part = slice(start, start + rows)
             found = self._search(vectors[part], codes[part])
             if found is None:  # as the others will
-                undecided.append(torch.arange(start, len(vectors)))
+                undecided.append(torch.arange(start, len(vectors), device=codes.device))
                 break
             undecided.append(start + found)
         return torch.cat(undecided) if undecided else codes.new_empty(0)
@@ -98,7 +95,7 @@ class Screening:
             least = torch.from_numpy(distances.min(axis=1)).view(torch.bfloat16).float()
             limits = (least + slack) * (1 + 5 * BFLOAT16)  # as all three are rounded, this one down
             limits = (limits.view(torch.int32) >> 16).to(torch.int16).numpy()
-            candidates = np.flatnonzero(distances <= limits[:, None])
+            (candidates,) = (distances <= limits[:, None]).ravel().nonzero()
             if len(candidates) > CANDIDATES * length:
                 return None
             candidates = torch.from_numpy(candidates)
