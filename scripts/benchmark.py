@@ -4,7 +4,8 @@
     python scripts/benchmark.py sampling --peer rosinality=../vq-vae-2-pytorch --threads 2
 
 Peers on PyPI take part where they are installed (pip install 'tessera-codes[bench]'), others as work trees. Writes a
-table, JSON and a chart to --output. What lies there is put on one page by
+table, JSON and a chart to benchmark_results/, in 2_threads/ there with --threads 2, in quick/ with --sizes quick. What lies
+there is put on one page by
 
     python scripts/benchmark.py summary
 """
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "training": "what the training loop adds to a step, and the time to import and load",
 }
 ON_GPU = ("quantizer", "sampling", "training")
+RESULTS = Path(__file__).parent / "benchmark_results"
 
 
 def main() -> None:
@@ -39,14 +41,21 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their title")
     memory = "memory that a candidate may take where its peak is measured; 0 leaves that out"
     parser.add_argument("--memory_limit_gb", type=float, default=8.0, help=memory)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "benchmark_results")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to, or what to summarise, in place of those")
     arguments = parser.parse_args()
+    arguments.output = arguments.output or default_output(arguments)
     # Before torch is imported: libraries size their pools then
     os.environ["OMP_NUM_THREADS"] = str(max(1, arguments.threads))
 
     from pipelines.runs import run_script
 
     run_script(lambda: print_summary(arguments.output) if arguments.benchmark == "summary" else run(arguments))
+
+
+def default_output(arguments: argparse.Namespace) -> Path:
+    """A folder for each way to measure, so that no try-out takes the place of what is published."""
+    several = [f"{arguments.threads}_threads"] * (arguments.threads > 1)
+    return RESULTS.joinpath(*["quick"] * (arguments.sizes == "quick"), *several)
 
 
 def print_summary(folder: Path) -> None:

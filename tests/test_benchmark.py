@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark import ON_GPU, print_summary, run
+from benchmark import ON_GPU, default_output, print_summary, run
 from benchmarks import boltzmann, codes, quantizer, sampling, training
 from benchmarks.measure import Clock, Timing, compare, peak_memory
 from benchmarks.peers import Peers, load
@@ -222,6 +222,20 @@ def test_ratios_are_taken_within_rounds():
 
 def test_a_rounds_time_is_divided_by_that_of_the_same_round():
     assert Timing([1.0, 4.0]).ratios(Timing([2.0, 1.0])) == [1.375, 2.25, 3.125]  # of 1/2 and 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "folder"),
+    [
+        ({"sizes": "full"}, ""),
+        ({"sizes": "full", "threads": 2}, "2_threads"),
+        ({"sizes": "quick"}, "quick"),
+        ({"sizes": "quick", "threads": 2}, "quick/2_threads"),
+    ],
+)
+def test_a_try_out_takes_the_place_of_no_published_table(changed, folder):
+    published = ROOT / "scripts" / "benchmark_results"
+    assert default_output(arguments(None, **changed)) == published / folder
 
 
 def test_quick_candidates_are_called_several_times():

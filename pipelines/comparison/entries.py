@@ -79,7 +79,7 @@ class NoOptions:
 
 
 def read_entries(path: str | Path) -> dict:
-    """An entries file with every field in place; what is in "data" and in the options of models is checked later.
+    """An entries file with every field in place; values in "data" and options of models are checked later.
 
     Raises:
         ValueError: the file cannot be read, an unknown field, no models, a name that is missing, taken or no name for a
@@ -90,9 +90,8 @@ def read_entries(path: str | Path) -> dict:
     except OSError as error:
         raise ValueError(f"the entries file {path} cannot be read: {error.strerror}") from error
     _check_fields(entries, FIELDS, str(path))
-    for name in ("data", "stage_one", "stage_two"):
-        if not isinstance(entries.setdefault(name, {}), dict):
-            raise ValueError(f"{path}: {name} must hold fields and their values, got {entries[name]!r}")
+    for name, config in (("data", DataConfig), ("stage_one", TrainingConfig), ("stage_two", TrainingConfig)):
+        _check_fields(entries.setdefault(name, {}), [field.name for field in fields(config)], f"{path}, {name}")
     if not isinstance(entries.setdefault("title", None), str | None):
         raise ValueError(f"{path}: title must be text, got {entries['title']!r}")
     models = entries.get("models")
