@@ -81,7 +81,7 @@ def rejection_sample(
 
 
 def _until_threshold(draw, generators, bar, threshold: float, max_draws: int, batch_size: int):
-    images, scores = [None] * len(generators), torch.full((len(generators),), -torch.inf)
+    images, scores = [None] * len(generators), torch.full((len(generators),), -torch.inf, device="cpu")
     waiting, used, num_draws = list(range(len(generators))), 0, 0
     while waiting and used < max_draws:
         # few that wait fill a batch with several draws each, ever more of them; those after the first that is accepted
@@ -102,7 +102,7 @@ def _until_threshold(draw, generators, bar, threshold: float, max_draws: int, ba
                 num_draws += each
                 still.append(i)
         waiting, used = still, used + each
-    indices = torch.tensor([i for i, image in enumerate(images) if image is not None])
+    indices = torch.tensor([i for i, image in enumerate(images) if image is not None], device="cpu")
     if len(indices) == 0:
         raise ValueError(
             f"none of {num_draws} draws reached threshold = {threshold:g}: the best score was {scores.max():.4g}. "
@@ -132,7 +132,7 @@ def _best_fraction(draw, labels: Tensor | None, generators, bar, keep_fraction: 
     for start in range(0, len(owners), batch_size):
         part = slice(start, start + batch_size)
         drawn, values = draw(owners[part], seeds[part])
-        numbers = torch.tensor([group_of[i] for i in owners[part]])
+        numbers = torch.tensor([group_of[i] for i in owners[part]], device="cpu")
         for number in numbers.unique().tolist():
             images, scores = drawn[numbers == number], values[numbers == number]
             if number in best:
@@ -140,9 +140,9 @@ def _best_fraction(draw, labels: Tensor | None, generators, bar, keep_fraction: 
             order = scores.argsort(descending=True, stable=True)[: len(groups[number])]
             best[number] = images[order], scores[order]
         bar.update(len(numbers))
-    indices = torch.tensor([i for wanted in groups for i in wanted]).argsort()
+    indices = torch.tensor([i for wanted in groups for i in wanted], device="cpu").argsort()
     images, scores = (torch.cat(parts)[indices] for parts in zip(*(best[number] for number in range(len(groups)))))
-    return images, scores, torch.arange(len(generators)), len(owners)
+    return images, scores, torch.arange(len(generators), device="cpu"), len(owners)
 
 
 def _groups(labels: Tensor | None, num_images: int) -> list[list[int]]:
@@ -153,9 +153,9 @@ def _groups(labels: Tensor | None, num_images: int) -> list[list[int]]:
 
 def _scores(score: Score | None, classifier: Score | None, images: Tensor, labels: Tensor | None) -> Tensor:
     if score is not None:
-        scores = torch.as_tensor(score(images)).detach().float().cpu()
+        scores = torch.as_tensor(score(images), device="cpu").detach().float()
     else:
-        logits = torch.as_tensor(classifier(images)).detach().float().cpu()
+        logits = torch.as_tensor(classifier(images), device="cpu").detach().float()
         if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] <= labels.max():
             raise ValueError(
                 f"classifier must give logits of shape ({len(images)}, number of classes) for {len(images)} images, "

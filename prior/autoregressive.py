@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from prior.base import PADDING, Codes, Prior, PriorConfig, Sampled, check_fraction, silent
 from prior.sampling import check_totals, draw, final_logits, log_prob_of
@@ -157,3 +158,27 @@ class AutoregressivePrior(Prior):
                 f"or captions, but this one was trained without class dropout (class_dropout = 0); "
                 f"leave guidance_scale at 1"
             )
+
+
+def structure(*networks: nn.Module) -> list[tuple[type, bool, bool]]:
+    """Of every layer its type, whether it has a bias, and whether it has hooks or a `forward` of its own.
+
+    Where this is what it was when the networks were built, `steps` may read weights in place of calling layers.
+    Elsewhere layers compute more than their weights tell: LoRA and quantization replace or wrap them. Parametrizations,
+    such as weight_norm, change nothing here, since to read the weight is to compute it. Hooks that torch calls for
+    every module are not seen.
+    """
+    layers = [
+        layer
+        for network in networks
+        for name, layer in network.named_modules()
+        if "parametrizations" not in name.split(".")
+    ]
+    return [
+        (
+            type_before_parametrizations(layer),
+            layer._parameters.get("bias") is not None,
+            bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)),
+        )
+        for layer in layers
+    ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prior.base import Codes, Prior, PriorConfig, check_positive
-from prior.sampling import check_totals, draw, filter_logits
+from prior.sampling import NOT_NUMBERS, check_totals, draw, filter_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,8 @@ class GaussianMixture(Prior):
             weights = weights + (log_normals * known.unsqueeze(1)).sum(dim=2)
         component = draw(filter_logits(weights, options), uniform, totals := [])
         check_totals(totals)
+        if not (means.isfinite().all() and log_stds.isfinite().all()):
+            raise ValueError(NOT_NUMBERS)
         z = means[component] + options.temperature * log_stds[component].exp() * normal
         if given is not None:
             z = torch.where(known, fixed.float(), z)

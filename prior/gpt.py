@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, structure
 from prior.base import PADDING, Codes, CodeSpec, check_fraction, check_positive
 from prior.gpt_cuda_decoder import GraphDecoder
 from prior.gpt_decoder import Decoder
 
 NORM_EPS = 1e-6
-# What takes over from `Transformer.forward` after the prefix, where it serves the device, dtype and mode at hand
+# What takes over from `Transformer.forward` after the prefix, where it serves the device, dtype and mode at hand. These
+# read weights in place of calling layers, which hence must be as they were built
 DECODERS = (Decoder, GraphDecoder)
 
 
@@ -92,6 +93,7 @@ class GPT(AutoregressivePrior):
         vocab_size = self.text_offset + config.text_vocab_size + config.max_text_length
         self.model = Transformer(config, vocab_size)
         self.lm_head = nn.Linear(config.hidden_dim, vocab_size, bias=False)
+        self.built = structure(self.model, self.lm_head)
         self._initialize()
 
     def logits(self, codes: Codes, classes: Tensor) -> tuple[Tensor, ...]:
@@ -106,15 +108,18 @@ class GPT(AutoregressivePrior):
         caches = [Cache(self.config.max_text_length + self.spec.length) for _ in self.model.layers]
         rotation = rotary_table(self.config, classes.device)
         tokens, decoder = self.prefix(classes), None
+        kinds = DECODERS if structure(self.model, self.lm_head) == self.built else ()
+        # once for all steps: parametrizations compute it anew each time, and decoders know a head by its address
+        head = self.lm_head.weight
         for level, length in enumerate(self.spec.lengths):
             for _ in range(length):
                 if decoder is None and caches[0].length > 0:
-                    serving = [kind for kind in DECODERS if kind.serves(self.model)]
+                    serving = [kind for kind in kinds if kind.serves(self.model)]
                     decoder = serving[0](self.model, caches, rotation) if serving else None
                 if decoder is None:
                     logits = self._head(self.model(tokens, rotation, caches)[:, -1], level)
                 else:
-                    logits = decoder(tokens, self._head_weight(level))
+                    logits = decoder(tokens, head[self._tokens(level)])
                 codes = yield logits
                 tokens = (self.offsets[level] + codes)[:, None]
 
@@ -162,11 +167,14 @@ class GPT(AutoregressivePrior):
         }
 
     def _head(self, hidden: Tensor, level: int) -> Tensor:
-        return F.linear(hidden, self._head_weight(level))
+        weight = self.lm_head.weight
+        if not isinstance(weight, Tensor):  # a quantized layer's is a method
+            return self.lm_head(hidden)[..., self._tokens(level)]
+        return F.linear(hidden, weight[self._tokens(level)])
 
-    def _head_weight(self, level: int) -> Tensor:
-        start, size = self.offsets[level], self.spec.vocab_sizes[level]
-        return self.lm_head.weight[start : start + size]
+    def _tokens(self, level: int) -> slice:
+        """The level's part of the vocabulary."""
+        return slice(self.offsets[level], self.offsets[level] + self.spec.vocab_sizes[level])
 
     def _initialize(self) -> None:
         """GPT-2's: standard deviation 0.02, smaller where 2 num_layers branches add up in the residual stream."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior
+from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, structure
 from prior.base import Codes, check_positive
 
 
@@ -44,12 +44,24 @@ class LevelNetwork(nn.Module, ABC):
     def steps(self, condition: Tensor) -> Generator[Tensor, Tensor, Tensor]:
         """Yields the logits (B, K) of each code in raster order, is sent the codes (B,), returns the map (B, h, w)."""
 
+    def whole_passes(self, condition: Tensor) -> Generator[Tensor, Tensor, Tensor]:
+        """`steps` that only call `forward`, for every code of the map anew: slow, but whatever layers compute."""
+        batch, _, height, width = condition.shape
+        codes = torch.zeros(batch, height, width, dtype=torch.int64, device=condition.device)
+        for row in range(height):
+            for column in range(width):
+                codes[:, row, column] = yield self(codes, condition)[..., row, column]
+        return codes
+
 
 class LevelwisePrior(AutoregressivePrior):
     """Autoregressive maps, coarse to fine, as in VQ-VAE-2 (Razavi et al. 2019, arXiv:1906.00446).
 
     Each level has a network of its own, so that a level costs what its own map costs. A vector of N codes is a 1 x N
     map. A subclass names `Config` and `Network`, which is built as Network(config, vocab_size).
+
+    Sampling reads the weights of the networks' layers. Where a layer was replaced, wrapped (LoRA) or given hooks, it
+    takes a whole pass for every code instead: merge such layers into plain ones for speed.
 
     Args:
         config: sizes and code space.
@@ -63,6 +75,7 @@ class LevelwisePrior(AutoregressivePrior):
         self.sizes = tuple((1, *shape)[-2:] for shape in self.spec.shapes)
         self.conditions = nn.ModuleList(Condition(config, vocab_sizes[:level]) for level in range(len(vocab_sizes)))
         self.networks = nn.ModuleList(self.Network(config, vocab_size) for vocab_size in vocab_sizes)
+        self.built = structure(*self.networks)
 
     def logits(self, codes: Codes, classes: Tensor) -> tuple[Tensor, ...]:
         maps = [code.unflatten(1, size) for code, size in zip((code.flatten(1) for code in codes), self.sizes)]
@@ -71,9 +84,10 @@ class LevelwisePrior(AutoregressivePrior):
         return tuple(output.flatten(2).mT for output in outputs)
 
     def steps(self, classes: Tensor) -> Generator[Tensor, Tensor, None]:
-        finished = []
+        finished, as_built = [], structure(*self.networks) == self.built
         for level, network in enumerate(self.networks):
-            finished.append((yield from network.steps(self._condition(level, finished, classes))))
+            steps = network.steps if as_built else network.whole_passes
+            finished.append((yield from steps(self._condition(level, finished, classes))))
 
     def _condition(self, level: int, coarser: list[Tensor], classes: Tensor) -> Tensor:
         return self.conditions[level](classes, coarser, self.sizes[level])

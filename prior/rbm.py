@@ -11,6 +11,7 @@ from prior.annealed_importance import LARGEST_SUM, LogPartition, estimated_log_p
 from prior.base import Codes, check_positive
 from prior.bits import BitPrior, BitPriorConfig, bits_to_codes, codes_to_bits, mask_to_bits
 from prior.boltzmann_samplers import BlockGibbs, Boltzmann, exchange_temperatures, reweight_population
+from prior.sampling import NOT_NUMBERS
 
 SAMPLERS = ("gibbs", "population_annealing", "parallel_tempering")
 # Sweeps whose noise `sample` draws at once: a number that does not depend on the batch, for images not to either
@@ -293,7 +294,10 @@ class RBM(BitPrior):
     # --------------------------------------------------------------------------------------------
 
     def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
-        weight, left_bias, right_bias = self.boltzmann().scaled(1 / max(options.temperature, COLDEST))
+        parameters = self.boltzmann()
+        if not all(parameter.isfinite().all() for parameter in parameters):
+            raise ValueError(NOT_NUMBERS)
+        weight, left_bias, right_bias = parameters.scaled(1 / max(options.temperature, COLDEST))
         start = (noise.uniform() * len(self.chains)).long().clamp(max=len(self.chains) - 1)
         bits = self.chains[start].to(self.energy_dtype)
         clamped = torch.zeros_like(bits)

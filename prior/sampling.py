@@ -1,7 +1,7 @@
 """From logits to codes: temperature, top-k, top-p, min-p, guidance, and noise that belongs to each image alone."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Literal
@@ -222,10 +222,17 @@ class ImageNoise:
         """(B, *shape) numbers in [0, 1), row i from the generator of image i."""
         return self._draw(torch.rand, shape)
 
+    def integers(self, *shape: int) -> Tensor:
+        """(B, *shape) whole numbers from 0 to 2^62 - 1, row i from the generator of image i."""
+        return self._stack(torch.randint(2**62, shape, generator=g, device=g.device) for g in self.generators)
+
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) standard normal numbers, row i from the generator of image i."""
         return self._draw(torch.randn, shape)
 
     def _draw(self, distribution, shape: tuple[int, ...]) -> Tensor:
-        draws = [distribution(shape, generator=g, device=g.device, dtype=torch.float32) for g in self.generators]
+        generators = self.generators
+        return self._stack(distribution(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators)
+
+    def _stack(self, draws: Iterable[Tensor]) -> Tensor:
         return torch.stack([draw.to(self.device) for draw in draws])

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from prior.base import Codes, Prior, PriorConfig, Sampled
 
+# Numbers of float32 that are drawn from [0, 1); of more codes some would never be
+FINEST = 2**24
+
 
 class Uniform(Prior):
     """The uniform distribution: log p(codes) = -sum of log K over all codes, whatever the label.
@@ -45,10 +48,12 @@ class Uniform(Prior):
         )
 
     def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
-        vocab_sizes = torch.cat([torch.full((n,), k) for n, k in zip(self.spec.lengths, self.spec.vocab_sizes)])
-        vocab_sizes = vocab_sizes.to(noise.device)
+        sizes = zip(self.spec.lengths, self.spec.vocab_sizes)
+        vocab_sizes = torch.cat([torch.full((n,), k, device=noise.device) for n, k in sizes])
         # rounding may lift u K to K
         drawn = (noise.uniform(self.spec.length) * vocab_sizes).long().minimum(vocab_sizes - 1)
+        if max(self.spec.vocab_sizes) > FINEST:
+            drawn = torch.where(vocab_sizes > FINEST, noise.integers(self.spec.length) % vocab_sizes, drawn)
         codes = self.spec.unflatten(drawn)
         if given is not None:
             codes = tuple(torch.where(known, fixed, code) for fixed, known, code in zip(*given, codes))

@@ -259,3 +259,11 @@ def test_counts_leave_real_levels_out():
     nothing.add((torch.randn(3, 3),))
     nothing.merge()
     assert nothing.summary() == nothing.complaints() == {}
+
+
+@pytest.mark.parametrize("parameter", ["logits", "means", "log_stds"])
+def test_nothing_is_drawn_from_what_is_not_a_number(parameter):
+    prior = make()
+    getattr(prior, parameter).data.view(-1)[0] = math.nan
+    with pytest.raises(ValueError, match="are not numbers: the weights are damaged"):
+        prior.sample(2)

@@ -188,6 +188,14 @@ def test_graphs_are_for_gpus_and_neither_decoder_for_training():
     assert not any(kind.serves(prior.eval().model) for kind in (*gpt.DECODERS, StaticDecoder))
 
 
+@pytest.mark.parametrize("kind", [gpt_decoder.Decoder, StaticDecoder])
+def test_no_decoder_takes_over_from_layers_with_hooks(kind, decode_by):
+    decode_by(kind)
+    prior = make("rotary", num_classes=3)
+    prior.model.layers[0].mlp.up_proj.register_forward_hook(lambda layer, inputs, output: output + 1)
+    check(prior, torch.arange(3))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("places", [4, 64])

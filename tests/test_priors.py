@@ -1,15 +1,19 @@
 """Laws of every registered prior, on code spaces small enough to enumerate: all codes, all probabilities."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from prior import PRIORS, CodeSpec, PriorConfig
-from prior.autoregressive import AutoregressivePrior
-from prior.gpt import GPTConfig, coordinates, rotary_angles, rotary_table, rotate
-from prior.pixelcnn import PixelCNN, PixelCNNConfig
+from prior.autoregressive import AutoregressivePrior, structure
+from prior.base import Prior
+from prior.gpt import Attention, GPTConfig, coordinates, rotary_angles, rotary_table, rotate
+from prior.pixelcnn import GatedPixelCNN, PixelCNN, PixelCNNConfig
 from prior.pixelsnail import CausalAttention, CausalConv, PixelSNAILConfig, background
 from prior.sampling import ImageNoise, SamplingOptions, draw, final_logits
 from prior.torchvision_guard import ensure_torchvision
@@ -288,7 +292,7 @@ def test_each_code_has_its_conditional_probability(name):
     np.testing.assert_allclose(measured, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in PRIORS if name not in {*AUTOREGRESSIVE, "uniform", "factorial"}])
+@pytest.mark.parametrize("name", [n for n, kind in PRIORS.items() if kind.log_prob_by_code is Prior.log_prob_by_code])
 def test_single_codes_without_a_probability_are_refused(name):
     prior = build(name, tiny.SPECS["bits"])
     with pytest.raises(ValueError, match=f"{type(prior).__name__} does not predict one code after another"):
@@ -410,7 +414,7 @@ def test_sampling_keeps_the_training_mode_and_leaves_no_gradient(name):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 2}], ids=str)
-@pytest.mark.parametrize("name", [name for name in LEARNABLE if name not in ("rbm", *tiny.REAL_PRIORS)])
+@pytest.mark.parametrize("name", [name for name in LEARNABLE if name not in tiny.REAL_PRIORS])
 def test_codes_are_never_drawn_from_what_is_not_a_number(name, options):
     prior = build(name, tiny.SPECS["bits"])
     if not options.keys() <= prior.sampling_options:
@@ -516,6 +520,104 @@ def test_log_prob_and_samples_work_under_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         codes = prior.sample(2, labels, guidance_scale=2.0)
         assert prior.log_prob(codes, labels).dtype == torch.float32
+
+
+# --- layers that are more than their weights ------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """A layer that shows the weight of another one and computes more, as LoRA's do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    @property
+    def bias(self):
+        return self.layer.bias
+
+    def forward(self, *inputs):
+        return more(self.layer(*inputs))
+
+
+class Quantized(Wrapped):
+    """Its weight is a method, as in torch.ao.nn.quantized."""
+
+    def weight(self):
+        return self.layer.weight
+
+
+def more(x):
+    return 1.2 * x + 0.1
+
+
+def subclassed(layer):
+    kind = type(layer)
+    layer.__class__ = type("More", (kind,), {"forward": lambda self, *inputs: more(kind.forward(self, *inputs))})
+
+
+def with_bias(layer):
+    layer.bias = nn.Parameter(torch.full((len(layer.weight),), 0.3))
+
+
+CHANGES = {
+    "wrapped": Wrapped,
+    "quantized": Quantized,
+    "subclassed": subclassed,
+    "with_bias": with_bias,
+    "hook": lambda layer: layer.register_forward_hook(lambda layer, inputs, output: more(output)) and None,
+    "pre_hook": lambda layer: layer.register_forward_pre_hook(lambda layer, x: (more(x[0]), *x[1:])) and None,
+    "forward": lambda layer: setattr(layer, "forward", lambda *x: more(type(layer).forward(layer, *x))),
+}
+
+
+def change_layers(prior, change):
+    """`change` gives what takes a layer's place, or None where it changed the layer itself."""
+    for parent in list(prior.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                setattr(parent, name, change(layer) or layer)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+@torch.no_grad()
+def test_samples_come_from_what_layers_compute_and_not_from_their_weights_alone(name, change):
+    prior = build(name, LARGER, num_classes=2)
+    codes, labels = random_codes(LARGER, 4), torch.tensor([0, 1, 1, 0])
+    before = prior.log_prob(codes, labels)
+    change_layers(prior, CHANGES[change])
+    assert (prior.log_prob(codes, labels) - before).abs().min() > 1e-3
+    sampled = prior.sample(4, labels, generator=torch.Generator().manual_seed(0), return_log_prob=True)
+    # float32 sums in another order
+    torch.testing.assert_close(sampled.log_prob, prior.log_prob(sampled.codes, labels), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+@torch.no_grad()
+def test_hooks_of_what_holds_layers_reach_the_samples(name):
+    prior, labels = build(name, LARGER, num_classes=2), torch.tensor([0, 1, 1, 0])
+    for module in prior.modules():
+        if isinstance(module, (Attention, CausalAttention, GatedPixelCNN)):
+            module.register_forward_hook(lambda module, inputs, output: more(output))
+    sampled = prior.sample(4, labels, generator=torch.Generator().manual_seed(0), return_log_prob=True)
+    torch.testing.assert_close(sampled.log_prob, prior.log_prob(sampled.codes, labels), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+@torch.no_grad()
+def test_parametrized_layers_are_as_they_were_built(name):
+    prior = build(name, LARGER)
+    change_layers(prior, lambda layer: weight_norm(layer) and None)
+    for parameter in prior.parameters():
+        parameter *= 1.2
+    assert structure(*([prior.model, prior.lm_head] if name == "gpt" else prior.networks)) == prior.built
+    sampled = prior.sample(4, generator=torch.Generator().manual_seed(0), return_log_prob=True)
+    torch.testing.assert_close(sampled.log_prob, prior.log_prob(sampled.codes), atol=1e-4, rtol=1e-4)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -695,6 +797,17 @@ def test_uniform_pays_the_maximum_and_refuses_to_choose_between_ties():
         prior.sample(1, temperature=0.0)
 
 
+@pytest.mark.parametrize("num_bits", [24, 30, 62])
+def test_uniform_draws_every_bit_of_large_codes(num_bits):
+    spec = CodeSpec(((4,), (2, 2)), (2**num_bits, 3))
+    large, small = Uniform(PriorConfig(spec=spec)).sample(500, generator=torch.Generator().manual_seed(0))
+    bits = large[..., None] >> torch.arange(num_bits) & 1
+    mean = bits.double().mean(dim=(0, 1))
+    assert ((mean - 0.5).abs() < 5 * 0.5 / math.sqrt(large.numel())).all()
+    assert large.max() < 2**num_bits
+    assert set(small.unique().tolist()) == {0, 1, 2}
+
+
 def test_uniform_stays_uniform_under_temperature_and_guidance():
     prior = Uniform(PriorConfig(spec=tiny.SPECS["bits"], num_classes=2))
     labels = torch.zeros(NUM_SAMPLES, dtype=torch.int64)
@@ -732,6 +845,7 @@ def test_pixelsnail_attends_to_the_codes_before_and_to_nothing():
     np.testing.assert_allclose(attention(x, place, codes)[0].flatten(1).numpy(), expected.reshape(4, 6), atol=1e-6)
 
 
+@torch.no_grad()
 def test_sampling_from_pixelsnail_computes_each_position_once():
     prior, computed = build("pixelsnail", LARGER), {}
     for name, module in prior.networks.named_modules():
@@ -741,7 +855,11 @@ def test_sampling_from_pixelsnail_computes_each_position_once():
                     {name: computed.get(name, 0) + output[0, 0].numel()}
                 )
             )
-    prior.sample(2)
+    for network, size in zip(prior.networks, prior.sizes):  # `sample` would heed the hooks, and take whole passes
+        steps, sent = network.steps(torch.zeros(2, prior.config.hidden_dim, *size)), None
+        for _ in range(math.prod(size)):
+            steps.send(sent)
+            sent = torch.zeros(2, dtype=torch.int64)
     assert {name: n for name, n in computed.items() if n != LARGER.lengths[int(name[0])]} == {}
     assert len(computed) == 3 * 2 * 2 * 2  # levels, blocks, residual layers, convolutions
 

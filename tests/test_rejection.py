@@ -122,6 +122,19 @@ def test_a_classifier_scores_by_the_probability_of_an_images_own_class():
         pipeline.rejection_sample(1, class_labels=2, classifier=lambda x: classifier(x)[:, :2], threshold=0.5)
 
 
+@pytest.mark.parametrize("how", [{"threshold": 0.0}, {"keep_fraction": 0.5}], ids=lambda how: next(iter(how)))
+def test_what_is_kept_does_not_depend_on_the_default_device_of_new_tensors(how):
+    pipeline, options = make(), {"score": brightness, "output_type": "pt", **how}
+    plain = pipeline.rejection_sample(3, generator=seeds(0, 1, 2), **options)
+    torch.set_default_device("meta")
+    try:
+        changed = pipeline.rejection_sample(3, generator=seeds(0, 1, 2), **options)
+    finally:
+        torch.set_default_device(None)
+    assert equal(plain, changed)
+    assert torch.equal(plain.images, changed.images)
+
+
 def test_images_that_never_reach_the_threshold_are_left_out_and_said_to_be():
     pipeline = make()
     everything = pipeline.sample(64, generator=seed(), output_type="pt")
