@@ -26,19 +26,18 @@ def global_batch(step: int) -> Tensor:
     return torch.randn(10, 4, 3, 2, generator=torch.Generator().manual_seed(step)) + 2 * step
 
 
-def part_of(rank: int, step: int) -> Tensor:
-    """Rank 0 has the larger part of the batch; the last step gives rank 1 nothing."""
-    batch = global_batch(step)
-    border = len(batch) if step == NUM_STEPS - 1 else 6
-    return batch[:border] if rank == 0 else batch[border:]
+def passes_of(rank: int, step: int) -> list[Tensor]:
+    """Micro-batches of three are dealt in turn, as the loop deals them; the last step gives rank 1 nothing."""
+    passes = global_batch(step).split(3)
+    return passes[rank::2] if step < NUM_STEPS - 1 else passes[: 4 - 4 * rank]
 
 
-def train(quantizer, batches: list[Tensor]) -> None:
+def train(quantizer, steps: list[list[Tensor]]) -> None:
     with torch.no_grad():
         quantizer(global_batch(0))  # what Tokenizer.initialize does: the same images everywhere
-    for batch in batches:
-        for start in range(0, len(batch), 3):  # accumulated; the processes make different numbers of passes
-            quantizer(batch[start : start + 3])
+    for passes in steps:
+        for batch in passes:  # accumulated
+            quantizer(batch)
         quantizer.after_step()
 
 
@@ -57,11 +56,11 @@ def train_on_one_of_two(rank: int, folder: Path) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     quantizer = make()
-    train(quantizer, [part_of(rank, step) for step in range(NUM_STEPS)])
+    train(quantizer, [passes_of(rank, step) for step in range(NUM_STEPS)])
     save_file(quantizer.state_dict(), folder / f"averages{rank}.safetensors")
     torch.manual_seed(rank)
     own = VQ(codebook_size=4, code_dim=4)
-    own(part_of(rank, 1))  # initialised from different data
+    own(passes_of(rank, 1)[0])  # initialised from different data
     save_file(own.state_dict(), folder / f"started{rank}.safetensors")
     loss, gradient = entropy_loss(global_batch(0)[5 * rank : 5 * rank + 5])
     save_file({"loss": loss, "gradient": gradient.contiguous()}, folder / f"entropy{rank}.safetensors")
@@ -84,7 +83,7 @@ def test_codebooks_are_bit_equal_on_all_processes(states):
 
 def test_two_processes_are_one_with_the_whole_batch(states):
     quantizer = make()
-    train(quantizer, [global_batch(step) for step in range(NUM_STEPS)])
+    train(quantizer, [[global_batch(step)] for step in range(NUM_STEPS)])
     expected = quantizer.state_dict()
     for name, value in load_file(states / "averages0.safetensors").items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
@@ -93,14 +92,14 @@ def test_two_processes_are_one_with_the_whole_batch(states):
 def test_entries_were_revived(states):
     never = make()
     never.revive_below = 0.0
-    train(never, [global_batch(step) for step in range(NUM_STEPS)])
+    train(never, [[global_batch(step)] for step in range(NUM_STEPS)])
     assert (load_file(states / "averages0.safetensors")["codebook"] - never.codebook).abs().max() > 1
 
 
 def test_initialisation_is_that_of_the_first_process_everywhere(states):
     first, second = load_file(states / "started0.safetensors"), load_file(states / "started1.safetensors")
     alone = VQ(codebook_size=4, code_dim=4)
-    alone(part_of(0, 1))
+    alone(passes_of(0, 1)[0])
     assert torch.equal(first["codebook"], second["codebook"])
     assert torch.equal(first["codebook"], alone.codebook)
 

@@ -8,8 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.metrics import CodeCounts, bits_per_dim, codebook_usage, perplexity, psnr
+from pipelines.checkpoint import build_tokenizer
+from pipelines.evaluation import evaluate
+from pipelines.images import DataConfig, load_images
+from pipelines.metrics import CodeCounts, bits_per_dim, codebook_usage, has_collapsed, perplexity, psnr
+from pipelines.objectives import unigram_nats_per_code
 from pipelines.report import format_table
+from pipelines.two_stage import Pipeline
 from prior.base import CodeSpec
 from tests import tiny
 
@@ -72,6 +77,44 @@ def test_vocabularies_too_large_for_a_table_are_not_counted():
     counts.merge()
     assert counts.summary().keys() == {"codebook_usage", "perplexity"}
     assert counts.summary()["codebook_usage"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("bits", "why"), [(30, "more than 67,108,864 codes are not counted"), (None, "real numbers")])
+def test_an_evaluation_says_why_a_codebook_is_not_measured(bits, why):
+    config = {"type": "gaussian_vae", **tiny.TOKENIZERS["gaussian_vae"], "likelihood": {"type": "normal"}}
+    if bits:
+        config = {"type": "vqvae", **tiny.TOKENIZERS["vqvae"], "quantizer": {"type": "lfq", "num_bits": bits}}
+    pipeline = Pipeline(build_tokenizer({**config, "image_shape": (1, 8, 8)}))
+    with pytest.raises(ValueError, match=f"nothing could be measured: .*{why}"):
+        evaluate(pipeline, load_images(DataConfig(max_images=5), "test"), metrics=["codebook"])
+
+
+class Store:
+    """The least of a code store: the codes of one level of 2^40 values."""
+
+    spec = CodeSpec(((2,),), (2**40,))
+
+    def __init__(self, *codes):
+        self.codes = torch.tensor(codes)
+
+    def __len__(self):
+        return len(self.codes)
+
+    def __getitems__(self, rows):
+        return {"codes": (self.codes[list(rows)],)}
+
+
+def test_a_unigram_table_needs_no_memory_for_codes_that_do_not_occur():
+    nats = unigram_nats_per_code(Store([0, 5], [5, 2**40 - 1]), Store([5, 5], [7, 2**40 - 1]))
+    # 2, 0 and 1 occurrences in training, and one more each, of 4 + 2^40
+    assert nats == pytest.approx(math.log(4 + 2**40) - (2 * math.log(3) + math.log(1) + math.log(2)) / 4)
+
+
+@pytest.mark.parametrize(("size", "count", "collapsed"), [(64, 255, False), (64, 256, True), (15, 1000, False)])
+def test_a_codebook_has_collapsed_only_once_enough_codes_were_counted(size, count, collapsed):
+    counts = torch.zeros(size, dtype=torch.int64)
+    counts[3] = count
+    assert has_collapsed(counts) == collapsed
 
 
 def test_reset_forgets_what_was_counted():

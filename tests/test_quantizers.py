@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def quantizer(request):
     return build("quantizer", QUANTIZERS, {"type": request.param, **tiny.QUANTIZERS[request.param]})
 
 
-def features(quantizer, batch: int = 3, seed: int = 0, height: int = 4, width: int = 2) -> Tensor:
+def features(quantizer, batch: int = 3, seed: int = 0, height: int = 6, width: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, quantizer.in_channels, height, width, generator=generator)
 
@@ -45,10 +46,10 @@ def train_step(quantizer, *batches: Tensor) -> None:
 
 def test_codes_are_int64_in_range_and_z_has_the_promised_shape(quantizer):
     out = quantizer(features(quantizer))
-    assert out.z.shape == (3, quantizer.out_channels, 4, 2)
+    assert out.z.shape == (3, quantizer.out_channels, 6, 2)
     assert len(out.codes) == len(quantizer.vocab_sizes)
     for codes, vocab_size in zip(out.codes, quantizer.vocab_sizes):
-        assert codes.shape == (3, 4, 2)
+        assert codes.shape == (3, 6, 2)
         assert codes.dtype == torch.int64
         assert 0 <= codes.min() <= codes.max() < vocab_size
 
@@ -238,6 +239,18 @@ def test_codebook_loss_moves_the_codebook_and_commitment_the_encoder():
     assert torch.autograd.grad(losses["commitment"], quantizer.codebook, allow_unused=True) == (None,)
 
 
+def test_the_gradients_of_both_losses_are_those_of_the_squared_distance():
+    quantizer = VQ(codebook_size=5, code_dim=4, commitment_weight=0.5, init="normal")
+    h = features(quantizer, height=3).requires_grad_()  # no side has the length of another
+    out = quantizer(h)
+    (2 * out.losses["codebook"] + out.losses["commitment"]).backward()
+    codebook, vectors = (x.detach().clone().requires_grad_() for x in (quantizer.codebook, h))
+    distance = (vectors.permute(0, 2, 3, 1) - codebook[out.codes[0]]).square().mean()
+    of_codebook, of_vectors = torch.autograd.grad(distance, (codebook, vectors))
+    torch.testing.assert_close(quantizer.codebook.grad, 2 * of_codebook)
+    torch.testing.assert_close(h.grad, 0.5 * of_vectors)
+
+
 def numpy_ema(codebook, batches, decay, epsilon):
     """The recursion of appendix A.1, written out entry by entry in float64."""
     codebook = codebook.astype(np.float64)
@@ -271,7 +284,7 @@ def test_codes_and_averages_agree_with_vector_quantize_pytorch():
     vector_quantize_pytorch = pytest.importorskip("vector_quantize_pytorch")
     quantizer = EMAVQ(codebook_size=16, code_dim=4, decay=0.9, init="normal", revive_below=0)
     peer = vector_quantize_pytorch.VectorQuantize(dim=4, codebook_size=16, decay=0.9, eps=1e-5, kmeans_init=False)
-    share = 8 * 8 / 16
+    share = 8 * 6 * 2 / 16
     peer._codebook.embed.data.copy_(quantizer.codebook[None])
     peer._codebook.embed_avg.data.copy_(quantizer.codebook[None] * share)
     peer._codebook.cluster_size.data.fill_(share)
@@ -298,10 +311,11 @@ def test_codebook_moves_only_after_the_step_and_only_when_training():
     assert torch.equal(quantizer.codebook, moved)
 
 
-def test_two_accumulated_batches_are_one_of_twice_the_size():
-    whole = EMAVQ(codebook_size=5, code_dim=4, decay=0.5, revive_below=0.5)
-    whole(features(whole))  # initialised from the same data
-    whole._pending = None
+@pytest.mark.parametrize("make", [EMAVQ, partial(Residual, depth=2, shared_codebook=True)])
+def test_two_accumulated_batches_are_one_of_twice_the_size(make):
+    whole = make(codebook_size=16, code_dim=4, decay=0.5, revive_below=0.5)  # some entries are replaced each step
+    with torch.no_grad():
+        whole(features(whole))  # initialised from the same data
     parts = copy.deepcopy(whole)
     for seed in range(8):
         h = 10 * features(whole, batch=8, seed=seed)
@@ -322,7 +336,7 @@ def test_unused_entries_stay_where_they_are_until_they_are_dead():
 def test_dead_entries_become_encoder_outputs_with_a_fresh_average():
     quantizer = EMAVQ(codebook_size=4, code_dim=4, decay=0.5, init="normal", revive_below=0.1)
     quantizer.codebook[2:] = quantizer.cluster_sum[2:] = 1000.0
-    h = features(quantizer)  # 24 vectors: a share of 6, of which 0.5^4 < 0.1 is left after four steps
+    h = features(quantizer)  # 36 vectors: a share of 9, of which 0.5^4 < 0.1 is left after four steps
     for _ in range(3):
         train_step(quantizer, h)
     assert (quantizer.codebook[2:] > 500).all()
@@ -330,8 +344,8 @@ def test_dead_entries_become_encoder_outputs_with_a_fresh_average():
     outputs = h.permute(0, 2, 3, 1).reshape(-1, 4)
     for entry in (2, 3):
         assert (outputs == quantizer.codebook[entry]).all(dim=1).any()
-        assert quantizer.cluster_size[entry] == 6
-        assert torch.equal(quantizer.cluster_sum[entry], 6 * quantizer.codebook[entry])
+        assert quantizer.cluster_size[entry] == 9
+        assert torch.equal(quantizer.cluster_sum[entry], 9 * quantizer.codebook[entry])
     assert not torch.equal(quantizer.codebook[2], quantizer.codebook[3])
 
 

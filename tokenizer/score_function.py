@@ -61,7 +61,8 @@ class REINFORCE(ScoreFunctionVAE):
         self.baseline = nn.Sequential(nn.Flatten(), nn.Linear(num_pixels, 100), nn.Tanh(), nn.Linear(100, 1))
         self.register_buffer("signal_mean", torch.zeros(()))
         self.register_buffer("signal_variance", torch.ones(()))
-        self._signal: Tensor | None = None
+        # (3,): the signal's mean, its mean square and 1, summed over the passes of a step
+        self._pending: Tensor | None = None
 
     def bound(self, images: Tensor, kl_weight: float) -> tuple[dict[str, Tensor], Posterior, Decoded]:
         log_weights, posterior, decoded = self.draw(images, kl_weight, num_draws=1)  # the mean of k such bounds
@@ -76,23 +77,26 @@ class REINFORCE(ScoreFunctionVAE):
             "baseline": (signal - predicted).square().mean() / self.signal_variance.clamp(min=1),
             "log_partition": kl_weight * self.prior.log_partition_loss(),
         }
-        self._signal = log_weights.detach()
+        self._gather(log_weights.detach())
         return losses, posterior, decoded
+
+    def _gather(self, signal: Tensor) -> None:
+        moments = torch.stack([signal.mean(), signal.square().mean(), signal.new_ones(())])
+        self._pending = moments if self._pending is None else self._pending + moments
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Moves the running mean and variance of the signal, once per step and alike on all processes."""
         super().after_step()
-        if self._signal is None:
+        if self._pending is None:
             return
-        moments = torch.stack([self._signal.mean(), self._signal.square().mean()])
+        pending, self._pending = self._pending, None
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            torch.distributed.all_reduce(moments)
-            moments /= torch.distributed.get_world_size()
-        mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
+            torch.distributed.all_reduce(pending)
+        mean, mean_square = pending[:2] / pending[2]  # micro-batches are equally large
+        variance = (mean_square - mean.square()).clamp(min=0)
         self.signal_mean.lerp_(mean, 1 - self.config.baseline_decay)
         self.signal_variance.lerp_(variance, 1 - self.config.baseline_decay)
-        self._signal = None
 
 
 class NVIL(REINFORCE):

@@ -62,13 +62,7 @@ class LatentNetwork(nn.Module, ABC):
         """
 
     def after_step(self) -> None:
-        """To be called after each optimizer step; running statistics become equal over processes here."""
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    for statistic in (module.running_mean, module.running_var):
-                        torch.distributed.all_reduce(statistic)
-                        statistic /= torch.distributed.get_world_size()
+        """To be called after each optimizer step."""
 
     def decayed_weights(self) -> list[nn.Parameter]:
         """Kernels and gains of normalisations: what weight decay applies to."""

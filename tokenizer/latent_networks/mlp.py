@@ -4,9 +4,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenizer.latent_networks.base import Decoded, LatentNetwork, Noise
+from tokenizer.quantizers.codebook import is_distributed
 
 
 class MLP(LatentNetwork):
@@ -62,9 +64,57 @@ def _layers(in_features: int, out_features: int, hidden_dim: int, num_layers: in
     layers: list[nn.Module] = []
     for _ in range(num_layers):
         # running statistics follow the last ten or so batches: training sees relaxed latents, evaluation binary ones
-        layers += [_affine(in_features, hidden_dim), nn.BatchNorm1d(hidden_dim, eps=1e-2, momentum=0.2), nn.Tanh()]
+        layers += [_affine(in_features, hidden_dim), BatchNorm(hidden_dim, eps=1e-2, momentum=0.2), nn.Tanh()]
         in_features = hidden_dim
     return nn.Sequential(*layers, _affine(in_features, out_features))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm of rows (B, D), in training by the moments of all processes' rows, equally many on each.
+
+    torch's own SyncBatchNorm does not run on CPUs. Accumulated micro-batches are normalised one by one.
+
+    Raises:
+        ValueError: training on one row, whose variance is 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        num_rows = len(x) * (dist.get_world_size() if is_distributed() else 1)
+        if num_rows < 2:
+            raise ValueError(
+                f"batch norm needs micro-batches of at least 2 rows to train, got {num_rows}; raise "
+                "training.batch_size or lower training.gradient_accumulation_steps, or set network.num_layers to 0"
+            )
+        if not is_distributed():
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):  # moments in float32
+            rows = x.to(self.running_mean.dtype)
+            mean = _MeanOverProcesses.apply(rows.mean(dim=0))
+            variance = _MeanOverProcesses.apply((rows - mean).square().mean(dim=0))
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * num_rows / (num_rows - 1), self.momentum)
+            self.num_batches_tracked += 1
+            return ((rows - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(x.dtype)
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean over all processes, each of whose losses depends on it: so their gradients are averaged too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return _mean_over_processes(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _mean_over_processes(gradient)
+
+
+def _mean_over_processes(x: Tensor) -> Tensor:
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def _affine(in_features: int, out_features: int) -> nn.Linear:

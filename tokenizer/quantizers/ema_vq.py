@@ -61,7 +61,9 @@ class EMAVQ(CodebookQuantizer):
         self.register_buffer("num_updates", torch.tensor(0))
         # No buffer: DDP broadcasts buffers of rank 0 and would overwrite what the other processes gathered.
         self._pending: Statistics | None = None
-        self._candidates: Tensor | None = None  # (n, D): vectors that dead entries may become
+        # (n, D + 1): vectors that dead entries may become, each with the number of the pass of this step it comes from
+        self._candidates: Tensor | None = None
+        self.passes_per_batch = 1  # more where a codebook serves several depths
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # distances, averages and losses in float32
@@ -85,7 +87,11 @@ class EMAVQ(CodebookQuantizer):
             position = (self.num_updates * 2654435769 % 2**32) * maps.shape[2] // 2**32
             candidates = maps.index_select(2, position.view(1)).squeeze(2).float()
             # one tensor, not a list: torch.compile would compile anew for each length
-            self._candidates = candidates if self._candidates is None else torch.cat([self._candidates, candidates])
+            if self._candidates is None:
+                self._candidates = F.pad(candidates, (0, 1))
+            else:
+                number = (self._candidates[-1:, -1:] + 1).expand(len(candidates), 1)
+                self._candidates = torch.cat([self._candidates, torch.cat([candidates, number], dim=1)])
         return self._pending
 
     @torch.no_grad()
@@ -120,7 +126,7 @@ class EMAVQ(CodebookQuantizer):
         dead = (self.cluster_size < self.revive_below * share).nonzero().flatten()
         if len(dead) == 0:
             return
-        vectors = _rows_of_processes(self.codebook[:0] if candidates is None else candidates)
+        vectors = self._in_order(F.pad(self.codebook[:0], (0, 1)) if candidates is None else candidates)
         num_revived = min(len(dead), len(vectors))
         generator = torch.Generator().manual_seed(self.num_updates.item())
         dead = dead[torch.randperm(len(dead), generator=generator)[:num_revived].to(dead.device)]
@@ -128,6 +134,13 @@ class EMAVQ(CodebookQuantizer):
         self.codebook[dead] = vectors
         self.cluster_size[dead] = share
         self.cluster_sum[dead] = vectors * share
+
+    def _in_order(self, candidates: Tensor) -> Tensor:
+        """The vectors of all processes (n, D) by depth, micro-batch and process: in the order of one big batch."""
+        rows = _rows_of_processes(candidates)
+        number = rows[:, -1].long()
+        micro_batch, depth = number // self.passes_per_batch, number % self.passes_per_batch
+        return rows[torch.argsort(depth * len(rows) + micro_batch, stable=True), :-1]
 
 
 def _sum_over_processes(counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ TINY = 2.0**-80
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has matrix units for bfloat16 (AMX), which sum in float32; False where torch is too old to tell."""
+    """Whether this CPU has matrix units for bfloat16, which sum in float32; False where torch is too old to tell."""
     return getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 

@@ -58,6 +58,8 @@ class Residual(Quantizer):
             )
             for _ in range(1 if shared_codebook else depth)
         )
+        if shared_codebook:
+            self.codebooks[0].passes_per_batch = depth
 
     @property
     def stages(self) -> list[EMAVQ]:
