@@ -1,6 +1,7 @@
 """Laws of every tokenizer, with every part that it can be built from, and of the networks."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -186,6 +187,28 @@ def test_training_inside_bfloat16_autocast(tokenizer):
 def test_a_wrong_image_size_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"images of shape \(batch, 3, 8, 8\), got \(2, 3, 8, 9\)"):
         tokenizer.encode(torch.zeros(2, 3, 8, 9))
+
+
+def test_an_image_that_has_no_codes_is_refused(tokenizer):
+    images = random_images(tokenizer)
+    images[1, 0, 2, 3] = math.nan
+    for act in (trained(tokenizer).encode, tokenizer, tokenizer.draw_posterior):
+        with pytest.raises(ValueError, match="the encoder's output is not finite, so it has no codes"):
+            act(images)
+
+
+@pytest.mark.parametrize("value", [math.nan, 3e38])
+@pytest.mark.parametrize("group", [0, 1])
+@pytest.mark.parametrize("name", sorted(name for name, kind in TOKENIZERS.items() if issubclass(kind, LatentVAE)))
+def test_outputs_of_an_encoder_that_are_not_finite_are_refused_but_in_training(name, group, value):
+    tokenizer = make(name).eval()
+    encoder = tokenizer.network.encoders[min(group, len(tokenizer.network.encoders) - 1)]
+    with torch.no_grad():
+        encoder[0].bias.fill_(10.0)  # then the layer gives ones, whose sum times 3e38 is too large
+        encoder[-1].weight.fill_(value)
+    with pytest.raises(ValueError, match="the encoder's output is not finite, so it has no codes"):
+        tokenizer.encode(random_images(tokenizer))
+    train_pass(tokenizer, random_images(tokenizer))  # the loop looks at its gradients
 
 
 @pytest.mark.parametrize("image_shape", [(1, 9, 6), (3, 8, 12), (1, 1, 1), (3, 5, 17)])

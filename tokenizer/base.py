@@ -88,8 +88,9 @@ class Tokenizer(nn.Module, ABC):
 
         Args:
             path_or_id: folder, or "user/name" on the hub.
-            options: subfolder ("tokenizer" where it is a pipeline's); device (default the CPU); dtype (default as
-                saved); revision, cache_dir, token, local_files_only and force_download for the hub.
+            options: subfolder ("tokenizer" where it is a pipeline's); device (default the CPU); dtype or
+                its name (default, and "auto", as saved); revision, cache_dir, token, local_files_only and
+                force_download for the hub.
         Raises:
             ValueError: it is damaged, or holds another class.
         """

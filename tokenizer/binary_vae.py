@@ -96,13 +96,15 @@ class BinaryVAE(LatentVAE):
         return Trained(losses, ((posterior.logits > 0).long(),), decoded, nats)
 
     def infer(self, features: Sequence[Tensor], first: Tensor, sample: bool) -> Inferred:
-        bits, log_q = [], []
+        all_logits, bits, log_q = [], [], []
         for group in range(self.config.num_groups):
             parameters = first if group == 0 else self.network.infer(features, group, bits)
             logits = self.posterior_logits(at_least_float32(parameters))
             drawn = torch.rand_like(logits) < logits.sigmoid() if sample else logits > 0
+            all_logits.append(logits)
             bits.append(drawn.to(parameters.dtype))  # the network's own type, for it to go on with
             log_q.append(log_bernoulli(logits, drawn.to(logits.dtype)))
+        self.check_encoded(*all_logits)
         latents = torch.cat(bits, dim=1)
         return Inferred((latents.long(),), latents, torch.stack(log_q).sum(dim=0))
 

@@ -66,9 +66,12 @@ class CVAE(GaussianVAE):
         return Trained(losses, codes, decoded, {"latents z": (nats, self.config.latent_dim)})
 
     def infer(self, features: Sequence[Tensor], first: Tensor, sample: bool) -> Inferred:
-        log_probs = class_logits(first).log_softmax(dim=1)
+        logits = class_logits(first)
+        self.check_encoded(logits)
+        log_probs = logits.log_softmax(dim=1)
         labels = torch.multinomial(log_probs.exp(), 1)[:, 0] if sample else log_probs.argmax(dim=1)
         q = self.posterior(features, labels)
+        self.check_encoded(*q)
         z = q.draw() if sample else q.mean
         log_q = log_probs.gather(1, labels[:, None])[:, 0] + q.log_prob(z)
         return Inferred((labels[:, None], z), self._beside(labels, z), log_q)

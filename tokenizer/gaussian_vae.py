@@ -134,6 +134,7 @@ class GaussianVAE(LatentVAE):
 
     def infer(self, features: Sequence[Tensor], first: Tensor, sample: bool) -> Inferred:
         q = DiagonalNormal.of(first)
+        self.check_encoded(*q)
         z = q.draw() if sample else q.mean
         return Inferred((z,), z, q.log_prob(z))
 

@@ -99,12 +99,14 @@ class GumbelSoftmax(LatentVAE):
         return Trained(losses, (torch.cat(codes, dim=1),), decoded, nats)
 
     def infer(self, features: Sequence[Tensor], first: Tensor, sample: bool) -> Inferred:
-        before, codes, log_probs = [], [], []
+        all_logits, before, codes, log_probs = [], [], [], []
         for group in range(self.config.num_groups):
-            log_q = self._log_q(self.network.infer(features, group, before) if before else first)
+            all_logits.append(self.network.infer(features, group, before) if before else first)
+            log_q = self._log_q(all_logits[-1])
             codes.append((log_q + gumbel_noise(log_q) if sample else log_q).argmax(dim=2))
             log_probs.append(log_q.gather(2, codes[-1].unsqueeze(2)).sum(dim=(1, 2)))
             before.append(self.latents((codes[-1],)))
+        self.check_encoded(*all_logits)
         return Inferred((torch.cat(codes, dim=1),), torch.cat(before, dim=1), torch.stack(log_probs).sum(dim=0))
 
     def latents(self, codes: Codes) -> Tensor:

@@ -18,6 +18,7 @@ from prior.sampling import ImageNoise
 from tokenizer.base import PosteriorDraw, Tokenizer, TokenizerConfig, TokenizerOutput
 from tokenizer.latent_networks import LATENT_NETWORKS, Decoded, LocalGroup, Noise
 from tokenizer.likelihoods import LIKELIHOODS
+from tokenizer.quantizers.base import check_finite
 from tokenizer.registry import build
 
 # A group of latents that costs less than this share of a nat per latent carries next to nothing
@@ -290,6 +291,11 @@ class LatentVAE(Tokenizer):
         if self.likelihood.num_values == 2:
             decoded = decoded._replace(params=decoded.params + self.mean_image.clamp(0.001, 0.999).logit())
         return decoded
+
+    def check_encoded(self, *parameters: Tensor) -> None:
+        """Raises ValueError where parameters of q(z | x), each (B, n), are not finite; not while training."""
+        if not self.training:  # the loop looks at its gradients, and each look waits for the device
+            check_finite(torch.cat(parameters, dim=1))
 
     def _reconstruct(self, images: Tensor) -> TokenizerOutput:
         features = self.features(images)
