@@ -45,7 +45,8 @@ from pipelines.files import (
     remove_stale,
     write_json_atomic,
 )
-from pipelines.images import ImageDataset, Key
+from pipelines.images import ImageDataset, Key, contents_of
+from pipelines.memory import naming_memory
 from pipelines.seeding import own_randomness
 from pipelines.text import TextTokenizer
 from prior.base import Codes, CodeSpec
@@ -59,6 +60,7 @@ PARTS = ".parts"
 CAPTIONS = "captions.jsonl"
 LABEL_DTYPE = np.dtype("<i8")
 DIGEST_BYTES = 32
+BATCH_SIZE = 256  # images encoded at once
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
@@ -123,7 +125,7 @@ def write_codes(
     split: str,
     tokenizer_folder: str | Path,
     fingerprint: str,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     part_size: int = 16384,
     accelerator: Accelerator | None = None,
     num_workers: int = 0,
@@ -153,6 +155,7 @@ def write_codes(
         ValueError: `folder` holds another store or is in use; no images; weights that are not finite; codes or labels
             out of range; codes that are real numbers.
         OSError: disk full or not writable, with the path.
+        MemoryError: a batch does not fit into memory.
     """
     if len(dataset) < 1 or batch_size < 1 or part_size < 1:
         raise ValueError(
@@ -177,8 +180,10 @@ def write_codes(
             batches = _batches(plan, parts[rank::world], batch_size)
             loader = _show(_load(dataset, batches, num_workers), len(batches), progress and rank == 0)
             rows = _encode(tokenizer.to(device), zip(batches, loader), device)
-            for part in parts[rank::world]:
-                _write_part(folder, plan, part, rows, dataset.num_classes)
+            fewer = f"--run RUN --split {split} --batch_size {max(1, batch_size // 2)}"
+            with naming_memory(f"encoding {batch_size} images at a time; run scripts/extract_codes.py {fewer}"):
+                for part in parts[rank::world]:
+                    _write_part(folder, plan, part, rows, dataset.num_classes)
             if accelerator:
                 accelerator.wait_for_everyone()
             extra = {
@@ -188,6 +193,14 @@ def write_codes(
             }
             _on_main_process(lambda: _assemble(folder, plan, extra, dataset.captions), accelerator)
     return CodeDataset(folder, verify=False)
+
+
+def fitting_batch_size(tokenizer: nn.Module, training_batch_size: int) -> int:
+    """Images to encode at once after training that took so many at once, which without gradients fit all the more.
+
+    The draws of a stochastic encoder depend on the batch: it stays BATCH_SIZE there, whatever training took.
+    """
+    return BATCH_SIZE if tokenizer.is_stochastic else min(BATCH_SIZE, training_batch_size)
 
 
 def _check_finite(tokenizer: nn.Module) -> None:
@@ -466,8 +479,7 @@ class CodeDataset(Dataset):
         self.split: str = self._entry("split", str)
         self.num_classes: int = self._entry("num_classes", int)
         self.class_names: list[str] = self._entry("class_names", list)
-        of_images = [self._entry("dataset", dict).get("content"), self.class_names]
-        self.contents = hashlib.sha256(json.dumps(of_images).encode()).hexdigest()
+        self.contents = contents_of(self._entry("dataset", dict), self.class_names)
         self.spec = self._read_spec(path)
         if self.count < 1 or self.num_classes < 0:
             raise ValueError(f"{path}: count must be at least 1 and num_classes at least 0")

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 from pipelines.batches import StepBatches, derived_seed
 from pipelines.checkpoint import has_states, load_state, newest_state, save_state
-from pipelines.config import differences, flatten
+from pipelines.config import differences, flatten, read_yaml
 from pipelines.ema import EMA
 from pipelines.files import atomic_file, folder_lock, naming, read_json, write_json_atomic
 from pipelines.launch import StopRequest, ignore_stop_signals
+from pipelines.memory import naming_memory
 from pipelines.objectives import Objective
 
 # Fields that may change between a run and its continuation without making it another run.
@@ -229,7 +230,8 @@ def fit(
         on_start: called on the main process once the folder is known to be this run's, for what it may overwrite there.
         on_evaluate: called as on_evaluate(step, model) on the main process at every evaluation, for pictures.
     Raises:
-        ValueError: the folder belongs to another configuration, or the batch does not divide.
+        ValueError: the folder belongs to another configuration, or had states that are damaged or gone; or the batch
+            does not divide.
         NonFiniteLossError: a loss, a gradient or the validation metric is not finite.
         MemoryError: a step does not fit into memory.
         SystemExit: 128 + signal number, once the state is saved, after SIGTERM or SIGINT.
@@ -257,13 +259,15 @@ class _Run:
         self.skipped_steps = 0
         self.loader: Iterator[dict] = iter(())
         self.state = newest_state(folder / "state")
-        if self.state is None and has_states(folder / "state"):
+        if self.state is None and (has_states(folder / "state") or self._had_states()):
+            what = "damaged" if has_states(folder / "state") else "gone"
             raise ValueError(
-                f"all states in {folder / 'state'} are damaged, so that the run cannot go on; to start anew, give "
+                f"all states in {folder / 'state'} are {what}, so that the run cannot go on; to start anew, give "
                 f"another --output or remove {folder}"
             )
         self.batches = self._step_batches(0)  # fails now, not after the model is prepared
         self._prepare()
+        self.window = _LossWindow(accelerator)
         self._resume()
 
     def train(self, stop: StopRequest) -> FitResult:
@@ -272,7 +276,8 @@ class _Run:
         if start_step < config.total_steps:
             self._start_trackers()
             self.loader = batches = self._loader()
-            window = _LossWindow(accelerator)
+            window = self.window
+            window.start_clock()
             bar = self._progress_bar()
             for step in range(start_step, config.total_steps):
                 with _naming_memory(config):
@@ -381,6 +386,7 @@ class _Run:
             _set_learning_rates(scheduler)
         if self.accelerator.scaler is not None and info["scaler"]:
             self.accelerator.scaler.load_state_dict(info["scaler"])
+        self.window.load_state(info.get("window", {}))
         self.progress = _Progress(info["step"], *self._best_on_disk())
         self.batches = self._step_batches(self.progress.step)
         if self.accelerator.is_main_process:
@@ -411,7 +417,10 @@ class _Run:
                 update.module.train()
                 with accelerator.autocast():
                     losses = update.module(batch, step)
-                accelerator.backward(sum(losses.values()))
+                # A generator's loss leaves nothing with the critic that it went through
+                own = [parameter for parameter in update.module.parameters() if parameter.requires_grad]
+                only = {"inputs": own} if len(self.updates) > 1 else {}
+                accelerator.backward(sum(losses.values()), **only)
                 logged |= {f"{update.name}/{k}" if len(self.updates) > 1 else k: v.detach() for k, v in losses.items()}
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(
@@ -456,6 +465,8 @@ class _Run:
 
     def _evaluate(self) -> None:
         accelerator, progress = self.accelerator, self.progress
+        # The same draws at every step: the best would otherwise be the luckiest
+        _seed_noise(derived_seed(self.config.seed, "validation", accelerator.process_index), accelerator.device)
         with self.emas[0].applied():
             # What fits into memory while training does so here
             size = self.config.batch_size // self.config.gradient_accumulation_steps
@@ -517,10 +528,12 @@ class _Run:
             if own := self._gather_own_buffers(update):
                 tensors[f"{update.name}.processes"] = own
             infos[update.name] = {"param_groups": groups, "scheduler": scheduler.state_dict()}
+        window = self.window.state()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             info = {
                 "updates": infos,
+                "window": window,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "num_processes": self.accelerator.num_processes,
                 "surroundings": self._surroundings(),
@@ -562,6 +575,18 @@ class _Run:
             "mixed precision": self.accelerator.mixed_precision,
             **{name: part.contents for name, part in data.items() if hasattr(part, "contents")},
         }
+
+    def _had_states(self) -> bool:
+        """Whether a run that has no state left was evaluated after it must have saved one, or at its end.
+
+        One that was killed before its first state may have best weights too. Its own options say when that was due.
+        """
+        if not has_states(self.folder / "best"):
+            return False
+        path = self.folder / "config.yaml"  # of the scripts, which write it anew only after this
+        options = vars(self.config) | (read_yaml(path).get("training") or {} if path.is_file() else {})
+        step = _last_evaluation(self.folder / "log.jsonl")
+        return step > options["save_every"] or step >= options["total_steps"]
 
     def _check_same_run(self, info: dict, state: Path) -> None:
         changed = {
@@ -659,8 +684,20 @@ class _LossWindow:
     def _restart(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.start_clock()
+
+    def start_clock(self) -> None:
         self.num_micro_batches = 0
         self.started = time.monotonic()
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        """{name: (sum, number of values)} since the last log line, with the mean over processes of the sums."""
+        means = {name: self.accelerator.reduce(total, "mean").item() for name, total in self.sums.items()}
+        return {name: (mean, self.counts[name]) for name, mean in means.items()}
+
+    def load_state(self, state: dict[str, tuple[float, int]]) -> None:
+        self.sums = {name: torch.tensor(total, device=self.accelerator.device) for name, (total, _) in state.items()}
+        self.counts = {name: count for name, (_, count) in state.items()}
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.num_micro_batches += 1
@@ -789,6 +826,13 @@ def _own_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def _last_evaluation(path: Path) -> int:
+    """The last step of which a log has validation metrics; 0 without one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return max((entry["step"] for entry in entries if any(key.startswith("validation/") for key in entry)), default=0)
+
+
 def _drop_log_after(path: Path, step: int) -> None:
     """Removes lines that a continued run will write again."""
     if path.exists():
@@ -799,19 +843,13 @@ def _drop_log_after(path: Path, step: int) -> None:
                     file.write(line)
 
 
-@contextmanager
-def _naming_memory(config: TrainingConfig) -> Iterator[None]:
-    """Says what to do where a step does not fit into memory. The CPU's allocator raises a plain RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise MemoryError(
-            f"out of memory with batches of {config.batch_size} in {config.gradient_accumulation_steps} micro-batches; "
-            f"set training.gradient_accumulation_steps {2 * config.gradient_accumulation_steps} (with another --output "
-            f"if this run has a state), which trains alike in less memory, or a smaller model ({error})"
-        ) from error
+def _naming_memory(config: TrainingConfig) -> AbstractContextManager[None]:
+    """Says what to do where a step does not fit into memory."""
+    return naming_memory(
+        f"with batches of {config.batch_size} in {config.gradient_accumulation_steps} micro-batches; "
+        f"set training.gradient_accumulation_steps {2 * config.gradient_accumulation_steps} (with another --output "
+        "if this run has a state), which trains alike in less memory, or a smaller model"
+    )
 
 
 def _brief(values: dict[str, float]) -> str:

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 from pipelines.checkpoint import build_tokenizer, fingerprint, save_model
-from pipelines.codes import smallest_dtype, write_codes
+from pipelines.codes import fitting_batch_size, smallest_dtype, write_codes
 from pipelines.config import Polymorphic, parse, peek
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions, save_samples
-from pipelines.runs import RUNS, Outcome, digits_recipe, run_script, save_config, say_skipped
+from pipelines.runs import RUNS, Outcome, digits_recipe, run_script, save_config, say_skipped, say_unused_captions
 from pipelines.training import TrainingConfig, Update, adamw, describe, fit
 from pipelines.two_stage import save_stage_one
 from prior.uniform import Uniform
@@ -52,6 +52,7 @@ def main() -> Outcome | None:
         train_images = load_images(DataConfig(**config["data"]), "train")
         validation_images = load_images(train_images.config, "validation")
     say_skipped(train_images, validation_images)
+    say_unused_captions(train_images, validation_images)
 
     # Model
     torch.manual_seed(training.seed)
@@ -63,7 +64,8 @@ def main() -> Outcome | None:
         for vocab_size in tokenizer.spec.vocab_sizes:
             smallest_dtype(vocab_size)  # codes that could not be stored are refused before training, not after
     objective = TokenizerLoss(tokenizer)
-    accelerator.print(describe(accelerator, tokenizer, train_images, validation_images))
+    captions = "with captions" if train_images.source.has_captions else "without captions"
+    accelerator.print(f"{describe(accelerator, tokenizer, train_images, validation_images)}; images {captions}")
 
     # Training
     pictures = folder / "stage_one" / "samples"
@@ -97,6 +99,7 @@ def main() -> Outcome | None:
             "and its prior is the one learned here"
         )
         return outcome if accelerator.is_main_process else None
+    batch_size = training.batch_size // training.gradient_accumulation_steps // accelerator.num_processes
     for split, images in {"train": train_images, "validation": validation_images}.items():
         write_codes(
             folder / "codes" / split,
@@ -105,7 +108,9 @@ def main() -> Outcome | None:
             split=split,
             tokenizer_folder=folder / "tokenizer",
             fingerprint=fingerprint(tokenizer),
+            batch_size=fitting_batch_size(tokenizer, batch_size),
             accelerator=accelerator,
+            num_workers=training.num_workers,
             overwrite=True,  # codes of the tokenizer that this one replaces
         )
     outcome.values |= {

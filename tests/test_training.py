@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pipelines.batches import StepBatches
-from pipelines.checkpoint import build_prior, build_tokenizer
+from pipelines.checkpoint import build_prior, build_tokenizer, has_states
 from pipelines.ema import EMA
 from pipelines.files import folder_lock, read_json
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import cpu_computes_bf16, end_with_the_launcher, make_accelerator
 from pipelines.objectives import PriorLoss, TokenizerLoss
+from pipelines.runs import save_config
 from pipelines.training import NonFiniteLossError, TrainingConfig, Update, _make_shardable, adamw, evaluate, fit
 from prior import PRIORS
 from prior.autoregressive import AutoregressivePrior
@@ -80,7 +81,8 @@ def make(model: str, config: TrainingConfig = CONFIG, noise: bool = True):
         if quantizer:
             options["quantizer"] = {"type": quantizer, **tiny.QUANTIZERS[quantizer]}
         tokenizer = build_tokenizer({"type": name, **options})
-        data = DATA if tokenizer.likelihood.num_values == 256 else replace(DATA, binarize="stochastic")
+        num_values = getattr(getattr(tokenizer, "likelihood", None), "num_values", 256)
+        data = DATA if num_values == 256 else replace(DATA, binarize="stochastic")
         return TokenizerLoss(tokenizer), load_images(data, "train"), load_images(data, "validation")
     if name in BIT_PRIORS:
         codes = Codes(tiny.SPECS["bits"])
@@ -234,6 +236,24 @@ def test_a_run_whose_states_are_all_damaged_is_not_begun_anew(tmp_path):
     assert list((tmp_path / "best").glob("step-*"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"save_every": 100},  # only at the end
+        {"learning_rate": 10.0, "warmup_steps": 0, "eval_every": 1},  # the best step is an early one
+    ],
+)
+def test_a_run_whose_states_were_removed_is_not_begun_anew(options, tmp_path):
+    config = replace(CONFIG, **options)
+    best_step, log = train("gpt", tmp_path, config).best_step, read_log(tmp_path)
+    shutil.rmtree(tmp_path / "state")
+    with pytest.raises(ValueError, match=r"all states in .*state are gone.*give another --output or remove"):
+        train("gpt", tmp_path, config)
+    assert [path.name for path in (tmp_path / "best").glob("step-*")] == [f"step-{best_step:08d}"]
+    assert read_log(tmp_path) == log
+
+
 def test_a_prolonged_run_takes_its_first_step_at_the_rate_of_its_new_schedule(tmp_path, capsys):
     config = replace(CONFIG, lr_schedule="linear", warmup_steps=0, total_steps=4, log_every=1)
     train("gpt", tmp_path, config)
@@ -267,9 +287,19 @@ def test_a_best_folder_newer_than_the_state_is_taken_up(tmp_path):
     assert len(list((tmp_path / "best").glob("step-*"))) == 1
 
 
-def test_what_a_run_left_that_had_no_state_yet_does_not_count(tmp_path):
-    train("gpt", tmp_path, replace(CONFIG, total_steps=20, eval_every=20))
-    shutil.rmtree(tmp_path / "state")
+@pytest.mark.parametrize("killed", [{"total_steps": 20, "save_every": 15}, {"eval_every": 2, "save_every": 100}])
+def test_what_a_run_left_that_had_no_state_yet_does_not_count(killed, tmp_path):
+    killed = replace(CONFIG, **killed)
+
+    def kill(step, model):
+        if step > 3:
+            raise KeyboardInterrupt
+
+    save_config(tmp_path / "config.yaml", {"training": vars(killed)})
+    with pytest.raises(KeyboardInterrupt):
+        train("gpt", tmp_path, killed, on_evaluate=kill)
+    assert has_states(tmp_path / "best")
+    assert not has_states(tmp_path / "state")
     result = train("gpt", tmp_path, replace(CONFIG, seed=1))
     assert result.best_step <= 6
     assert max(line["step"] for line in read_log(tmp_path)) == 6
@@ -406,6 +436,70 @@ def test_the_best_weights_are_kept(tmp_path):
     prior.model.load_state_dict(result.weights)
     accelerator = make_accelerator(CONFIG, tmp_path)
     assert evaluate(accelerator, prior, data, 8)["nll"] == pytest.approx(result.metrics["nll"], abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["dvaepp", "nvil", "gaussian_vae"])
+def test_the_best_step_is_not_the_one_with_the_luckiest_draws(model, tmp_path):
+    def stand_still(objective):
+        for part in objective.modules():
+            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                part.momentum = 0.0
+        objective.requires_grad_(False)
+        next(objective.model.parameters()).requires_grad_()
+
+    config = replace(CONFIG, eval_every=1, learning_rate=1e-30, weight_decay=0.0, ema_decay=0.0)
+    train(model, tmp_path, config, change=stand_still)
+    kept = "validation/negative_elbo"
+    assert len({line[kept] for line in read_log(tmp_path) if kept in line}) == 1
+
+
+def test_the_log_of_a_continued_run_is_that_of_the_uninterrupted_one(tmp_path):
+    config = replace(CONFIG, log_every=4, save_every=3, eval_every=3)
+    train("vqvae-vq", tmp_path / "whole", config)
+    with pytest.raises(SystemExit):
+        train("vqvae-vq", tmp_path / "parts", config, on_evaluate=interrupt_at(3))
+    train("vqvae-vq", tmp_path / "parts", config)
+    logs = [
+        [{name: value for name, value in line.items() if "per_second" not in name} for line in read_log(tmp_path / run)]
+        for run in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_the_gradient_of_one_update_leaves_nothing_with_another(num_micro_batches, tmp_path):
+    def final(detached: bool):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = replace(CONFIG, gradient_accumulation_steps=num_micro_batches)
+        first, train_data, validation_data = make("gpt", config, noise=False)
+        second, _, _ = make("pixelcnn", config, noise=False)
+
+        class Both(type(first)):
+            def forward(self, batch, step=None):
+                losses, through = (
+                    super().forward(batch, step),
+                    second.model.log_prob(batch["codes"], batch["label"]).mean(),
+                )
+                return {**losses, "through": 0 * through if detached else through}
+
+        first.__class__ = Both
+        folder = tmp_path / str(detached)
+        updates = [Update(name, one, adamw(one, config)) for name, one in (("first", first), ("second", second))]
+        fit(
+            make_accelerator(config, folder),
+            updates,
+            train_data,
+            validation_data,
+            folder=folder,
+            config=config,
+            resolved={},
+        )
+        return final_tensors(folder)
+
+    alone, both = final(detached=True), final(detached=False)
+    for name, tensor in alone.items():
+        if name.startswith("second.weights"):
+            assert torch.equal(tensor, both[name]), name
 
 
 def test_overfitting_is_said(tmp_path, capsys):
