@@ -14,7 +14,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_args
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from pipelines.files import MANIFEST, atomic_folder, check_manifest, naming, read_json, write_json_atomic
+from pipelines.files import MANIFEST, OS_LITTER, atomic_folder, check_manifest, naming, read_json, write_json_atomic
 from prior import PRIORS
 from prior.base import CodeSpec, Prior
 from tokenizer import TOKENIZERS
@@ -40,6 +40,9 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # A model folder comes from anywhere: no size in it may ask for more memory than its own weights could fill.
 LARGEST_SIZE = 2**24
+# Numbers that take none: steps of training, and vocabularies of int64 codes, which take some only as shapes of weights
+LARGEST_INTEGER = 2**63
+TAKE_NO_MEMORY = ("config.spec.vocab_sizes", "config.quantizer.decay_steps", "config.kl_warmup_steps")
 DOWNLOAD_OPTIONS = (
     "revision",
     "cache_dir",
@@ -79,6 +82,7 @@ def _build(kind: str, registry: dict[str, type], config: dict) -> nn.Module:
         if option not in known:
             raise ValueError(f"{kind} '{config['type']}' has no field '{option}'{nearest_known(option, known)}")
     config = _typed(model.Config, options)
+    _check_sizes(asdict(config))
     for part, classes in getattr(model, "parts", {}).items():
         _check_part(part, classes, getattr(config, part))
     return model(config)
@@ -122,6 +126,7 @@ def _one_line_errors() -> Iterator[None]:
 
 def model_config(model: Tokenizer | Prior) -> dict:
     """{"type": name, **fields}: what `build_tokenizer` or `build_prior` makes an equal model from."""
+    model = uncompiled(model)
     registry = TOKENIZERS if isinstance(model, Tokenizer) else PRIORS
     names = [name for name, cls in registry.items() if cls is type(model)]
     if not names:
@@ -129,14 +134,65 @@ def model_config(model: Tokenizer | Prior) -> dict:
     return {"type": names[0], **asdict(model.config)}
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` made a wrapper of it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _weights(model: Tokenizer | Prior) -> dict[str, Tensor]:
+    """The state of a model by the names that it has where neither it nor a part of it is compiled."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+
+
 def fingerprint(model: Tokenizer | Prior) -> str:
     """sha256 of a model's configuration and weights: equal exactly where codes mean the same."""
     digest = hashlib.sha256(json.dumps(model_config(model), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_weights(model).items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def weights_of(pipeline) -> dict[str, str]:
+    """The fingerprints of a pipeline's tokenizer, and of its prior of stage two where there is one."""
+    found = {"tokenizer": fingerprint(pipeline.tokenizer)}
+    if pipeline.has_stage_two:
+        found["prior"] = fingerprint(pipeline.prior)
+    return found
+
+
+# Floating-point types
+# ------------------------------------------------------------------------------------------------
+
+
+def floating_point(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """torch's type by its name; None for "auto", the type that weights have."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type of torch or its name, such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def cast(model: Tokenizer | Prior, dtype: torch.dtype | None) -> Tokenizer | Prior:
+    """`model.to(dtype)` that notes which weights were rounded, for `fingerprints` to tell."""
+    types = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    if dtype is None or types <= {dtype}:
+        return model.to(dtype=dtype)
+    original = fingerprints(model)[0]
+    model.to(dtype=dtype)
+    # With what came of the cast, so that the note says nothing of weights that are changed later in any way
+    model.cast_from = (original, fingerprint(model))
+    return model
+
+
+def fingerprints(model: Tokenizer | Prior) -> tuple[str, ...]:
+    """The fingerprint of a model; before it that of the weights it had before `cast`, if they are those still."""
+    found = fingerprint(model)
+    original, rounded = getattr(model, "cast_from", (None, None))
+    return (original, found) if rounded == found else (found,)
 
 
 # Model folders
@@ -147,16 +203,43 @@ def save_model(model: Tokenizer | Prior, folder: Path | str) -> None:
     """Writes a model folder; an existing one is replaced only once the new one is complete.
 
     Raises:
-        ValueError: the folder holds other files too, which replacing it would delete.
+        ValueError: the folder holds other files too, which replacing it would delete; or the configuration holds what
+            could not be loaded again.
     """
-    folder = Path(folder)
+    with saving({Path(folder): model}):
+        pass
+
+
+@contextmanager
+def saving(models: dict[Path, Tokenizer | Prior]) -> Iterator[None]:
+    """Writes model folders that take their places together, once all of them and the block are done without an error.
+
+    Raises:
+        ValueError: as `save_model`, of any of them, before anything is written.
+    """
+    configs = {folder: _savable_config(model, folder) for folder, model in models.items()}
+    with ExitStack() as stack:
+        for folder, model in models.items():
+            temporary = stack.enter_context(atomic_folder(folder, overwrite=True))
+            write_json_atomic(temporary / CONFIG_NAME, configs[folder])
+            _save_tensors(_weights(model), temporary / WEIGHTS_NAME)
+        yield
+
+
+def _savable_config(model: Tokenizer | Prior, folder: Path) -> dict:
+    """`model_config` of a model that can be saved as this folder and loaded again."""
     if folder.is_dir():
-        others = sorted({path.name for path in folder.iterdir()} - {CONFIG_NAME, WEIGHTS_NAME, MANIFEST})
+        ours = {CONFIG_NAME, WEIGHTS_NAME, MANIFEST, *OS_LITTER}
+        others = sorted({path.name for path in folder.iterdir()} - ours)
         if others:
             raise ValueError(f"{folder} holds other files than a model's ({', '.join(others[:3])}); name a new folder")
-    with atomic_folder(folder, overwrite=True) as temporary:
-        write_json_atomic(temporary / CONFIG_NAME, model_config(model))
-        _save_tensors(model.state_dict(), temporary / WEIGHTS_NAME)
+    config = model_config(model)
+    try:
+        _check_sizes(config)
+        json.dumps(config, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{type(uncompiled(model)).__name__} cannot be saved: {error}") from error
+    return config
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -178,15 +261,16 @@ def load_pretrained(
     path_or_id: Path | str,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     **download_options,
 ) -> Tokenizer | Prior:
     """The model of a model folder or hub repository, which must be a `model_class`; see `Tokenizer.from_pretrained`."""
+    dtype = floating_point(dtype)
     folder = resolve_folder(path_or_id, **download_options)
     model = load_tokenizer(folder) if issubclass(model_class, Tokenizer) else load_prior(folder)
     if not isinstance(model, model_class):
         raise ValueError(f"{folder} holds a {type(model).__name__}, not a {model_class.__name__}")
-    return model.to(device, dtype)
+    return cast(model, dtype).to(device)
 
 
 def _load(folder: Path, build) -> nn.Module:
@@ -201,7 +285,13 @@ def _load(folder: Path, build) -> nn.Module:
         with torch.device("meta"), _Undrawn(), _parameters_at_most(2 * len(found) + 100):
             expected = build(config).state_dict()
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # constructors given nonsense
-        raise ValueError(f"{folder / CONFIG_NAME}: {' '.join(str(error).split())[:500]}") from error
+        reason = " ".join(str(error).split())[:500]
+        if "meta tensor" in reason or "meta device" in reason:
+            raise ValueError(
+                f"{folder} holds a '{config['type']}' whose constructors do not work on the meta device, where tensors "
+                f"have no values: {reason}. Compute with Python's numbers, math.prod(levels), not levels.prod().item()"
+            ) from error
+        raise ValueError(f"{folder / CONFIG_NAME}: {reason}") from error
     _check_weights(weights, found, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     if (folder / MANIFEST).is_file():
         check_manifest(folder)  # safetensors does not see a bit that flipped in the data
@@ -211,7 +301,7 @@ def _load(folder: Path, build) -> nn.Module:
         dtype = expected[name].dtype
         if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
             raise ValueError(f"{weights}: {name} holds {tensor.dtype}, it must be {dtype}")
-    with _Undrawn():
+    with torch.device("cpu"), _Undrawn():  # whatever the default: buffers that are not saved must lie with the weights
         model = build(config)
     model.load_state_dict(tensors, assign=True)  # keeps the precision in which it was saved
     return model.eval()
@@ -258,16 +348,20 @@ def _parameters_at_most(limit: int) -> Iterator[None]:
 
 
 def _check_sizes(value, key: str = "config") -> None:
+    """Raises ValueError for a number in a configuration that no model of ours can have."""
+    if key == "config.preprocessing":  # models never read it
+        return
+    limit = LARGEST_INTEGER if key in TAKE_NO_MEMORY else LARGEST_SIZE
     if isinstance(value, dict):
         for name, item in value.items():
             _check_sizes(item, f"{key}.{name}")
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         for item in value:
             _check_sizes(item, key)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{key} = {value} is not a finite number")
-    elif isinstance(value, int) and abs(value) > LARGEST_SIZE:
-        raise ValueError(f"{key} = {value} is beyond the limit of {LARGEST_SIZE}")
+    elif isinstance(value, int) and abs(value) > limit:
+        raise ValueError(f"{key} = {value} is beyond the limit of {limit}")
 
 
 def _check_weights(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:

@@ -21,6 +21,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 MANIFEST = "manifest.json"
+OS_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave in every folder that is looked at
 FOREIGN_STALE_SECONDS = 24 * 3600  # whether a process of another machine lives cannot be asked; no save takes a day
 
 _in_progress: set[Path] = set()  # temporary names of this process, so that a recycled process id is recognised

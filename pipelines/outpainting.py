@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pipelines.checkpoint import uncompiled
 from pipelines.completion import candidate_generators, gumbel_noise, likelihoods
 from pipelines.drawing import decode_codes, draw_codes, encode_images, progress_bar
 from pipelines.masks import check_geometry
@@ -139,6 +140,7 @@ def canvas_tokenizer(tokenizer: Tokenizer, size: tuple[int, int]) -> Tokenizer:
     Raises:
         ValueError: the tokenizer has weights whose shapes depend on the size.
     """
+    tokenizer = uncompiled(tokenizer)
     config = replace(tokenizer.config, image_shape=(tokenizer.config.image_shape[0], *size))
     reference = next(tokenizer.parameters())
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away

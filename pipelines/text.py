@@ -19,11 +19,12 @@ import torch
 from tokenizers import Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from pipelines.files import MANIFEST, atomic_folder, check_manifest, read_json, write_json_atomic
+from pipelines.files import MANIFEST, OS_LITTER, atomic_folder, check_manifest, read_json, write_json_atomic
 from prior.base import PADDING
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "config.json"
+OURS = {TOKENIZER_NAME, CONFIG_NAME, MANIFEST, *OS_LITTER}
 NUM_BYTES = 256
 # Token ids are rows of the prior's embedding, captions are places of its attention
 LARGEST_VOCAB_SIZE = 2**20
@@ -166,7 +167,7 @@ class TextTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the folder; an existing one is replaced only once the new one is complete."""
         folder = Path(folder)
-        if folder.is_dir() and (others := {p.name for p in folder.iterdir()} - {TOKENIZER_NAME, CONFIG_NAME, MANIFEST}):
+        if folder.is_dir() and (others := {p.name for p in folder.iterdir()} - OURS):
             raise ValueError(f"{folder} holds other files than a text tokenizer's ({', '.join(sorted(others)[:3])})")
         with atomic_folder(folder, overwrite=True) as temporary:
             write_json_atomic(temporary / TOKENIZER_NAME, self.description)

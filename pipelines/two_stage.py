@@ -1,10 +1,12 @@
 """`Pipeline`: a tokenizer and a prior over its codes as one thing that samples, encodes, decodes, saves and loads."""
 
+import inspect
 import json
 import reprlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from copy import copy
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Number
 from pathlib import Path
@@ -17,7 +19,17 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.card import model_card
-from pipelines.checkpoint import fingerprint, load_prior, load_tokenizer, resolve_folder, save_model
+from pipelines.checkpoint import (
+    cast,
+    fingerprint,
+    fingerprints,
+    floating_point,
+    load_prior,
+    load_tokenizer,
+    resolve_folder,
+    saving,
+    uncompiled,
+)
 from pipelines.completion import Completions, Ranking, candidate_generators, check_candidates, complete
 from pipelines.drawing import Generators, decode_codes, draw_codes, one_generator_each
 from pipelines.files import atomic_file, read_json, write_json_atomic
@@ -27,8 +39,9 @@ from pipelines.preprocessing import preprocess_image
 from pipelines.rejection import Accepted, Score, rejection_sample
 from pipelines.text import TextTokenizer
 from prior.base import PADDING, Codes, Prior
-from prior.sampling import GuidanceSchedule
+from prior.sampling import GuidanceSchedule, SamplingOptions
 from tokenizer.base import Tokenizer
+from tokenizer.registry import nearest_known
 
 INDEX_NAME = "model_index.json"
 TEXT_TOKENIZER = "text_tokenizer"
@@ -117,7 +130,7 @@ class Pipeline:
         Raises:
             ValueError: the folder is not a pipeline, a part is damaged, or its parts do not belong together.
         """
-        dtype = _floating_point(dtype)
+        dtype = floating_point(dtype)
         folder = resolve_folder(path_or_id, **download_options)
         index = _read_index(folder)
         tokenizer = tokenizer or _checked_part(index, "tokenizer", load_tokenizer(folder / "tokenizer"))
@@ -136,34 +149,35 @@ class Pipeline:
         """Writes model_index.json, tokenizer/, prior/ and text_tokenizer/ (where there is one) and a model card.
 
         Raises:
-            ValueError: JSON has nothing for one of the metrics or evaluations; nothing is written then.
+            ValueError: a part cannot be saved, its folder holds other files too, or JSON has nothing for one of the
+                metrics or evaluations; nothing is written then.
         """
         folder = Path(folder)
         self._make_plain()
-        save_model(self.tokenizer, folder / "tokenizer")
+        parts = {folder / "tokenizer": self.tokenizer}
         if self.has_stage_two:
             # The weights may have been cast since they were loaded; that the two belong together is known here
-            config = self.prior.config
-            self.prior.config = replace(config, tokenizer_fingerprint=fingerprint(self.tokenizer))
-            try:
-                save_model(self.prior, folder / "prior")
-            finally:
-                self.prior.config = config
-        if self.text_tokenizer is not None:
-            self.text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
+            prior = copy(uncompiled(self.prior))
+            prior.config = replace(prior.config, tokenizer_fingerprint=fingerprint(self.tokenizer))
+            parts[folder / "prior"] = prior
+        with saving(parts):
+            if self.text_tokenizer is not None:
+                self.text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
         self.save_index(folder)
 
     def save_index(self, folder: Path) -> None:
         """Writes model_index.json and the model card beside model folders that are already there."""
         self._make_plain()
+        plain = copy(self)
+        plain.tokenizer, plain.prior = uncompiled(self.tokenizer), uncompiled(self.prior)
         text = {} if self.text_tokenizer is None else {TEXT_TOKENIZER: [TEXT_TOKENIZER, TextTokenizer.__name__]}
         write_json_atomic(
             folder / INDEX_NAME,
             {
                 "_class_name": Pipeline.__name__,
                 "_tessera_version": library_version(),
-                "tokenizer": ["tokenizer", type(self.tokenizer).__name__],
-                "prior": ["prior", type(self.prior).__name__] if self.has_stage_two else [None, None],
+                "tokenizer": ["tokenizer", type(plain.tokenizer).__name__],
+                "prior": ["prior", type(plain.prior).__name__] if self.has_stage_two else [None, None],
                 **text,
                 "id2label": {str(i): name for i, name in enumerate(self.class_names)},
                 "metrics": self.metrics,
@@ -171,7 +185,7 @@ class Pipeline:
             },
         )
         with atomic_file(folder / "README.md") as file:
-            file.write(model_card(self).encode())
+            file.write(model_card(plain).encode())
 
     def _make_plain(self) -> None:
         """Makes metrics and evaluations what they will be when loaded again."""
@@ -306,7 +320,8 @@ class Pipeline:
                 decoded, as all others are, which leaves no seam.
             generator: one, or one per image.
             output_type, batch_size: see `sample`.
-            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule of `Prior.sample`.
+            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule and codes_callback of
+                `Prior.sample`.
         Returns:
             `Completions`: images, candidate r of image i at i R + r, with their likelihoods.
         Raises:
@@ -314,6 +329,7 @@ class Pipeline:
                 cannot complete or cannot weigh.
         """
         _check_output_type(output_type)
+        _check_options(self.complete, options)
         check_candidates(num_candidates, ranking, batch_size)
         check_geometry(self.tokenizer)
         check_mask_sizes(mask, images)
@@ -366,13 +382,15 @@ class Pipeline:
             keep_known_pixels: whether the images' own pixels are pasted into the canvas.
             generator: one, or one per image.
             output_type, batch_size: see `sample`; "codes" are those of the canvas.
-            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule of `Prior.sample`.
+            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule and codes_callback of
+                `Prior.sample`.
         Returns:
             B images of `size`, as output_type says.
         Raises:
             ValueError: an argument out of range, or a tokenizer that cannot decode a larger map.
         """
         _check_output_type(output_type)
+        _check_options(self.outpaint, options)
         check_candidates(num_candidates, "importance", batch_size)
         stride = check_canvas(self.tokenizer, size, position, stride)
         pixels = self.prepare(images)
@@ -412,7 +430,8 @@ class Pipeline:
             max_draws: with a threshold, draws of each image before it is given up.
             generator: one, or one per image.
             output_type, batch_size: see `sample`.
-            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule of `Prior.sample`.
+            options: temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule and codes_callback of
+                `Prior.sample`.
         Returns:
             `Accepted`: images, their scores, and the acceptance rate.
         Raises:
@@ -420,6 +439,7 @@ class Pipeline:
                 reaches the threshold.
         """
         _check_output_type(output_type)
+        _check_options(self.rejection_sample, options)
         if output_type == "codes":
             raise ValueError("output_type 'codes' is for sampling")
         generators, labels = self._requested(num_images, class_labels, prompts, generator, batch_size)
@@ -539,7 +559,9 @@ class Pipeline:
         """Moves or casts the models, `to("cuda")`, `to(torch.bfloat16)` or `to("cuda", torch.bfloat16)`."""
         if isinstance(device, torch.dtype) and dtype is None:
             device, dtype = None, device
-        dtype = _floating_point(dtype)
+        dtype = floating_point(dtype)
+        if self.has_stage_two:
+            cast(self.tokenizer, dtype)  # the prior stays one over its codes
         for model in self.components.values():
             model.to(device=device, dtype=dtype)
         return self
@@ -558,10 +580,24 @@ class Pipeline:
         return [self.class_names.index(label) if isinstance(label, str) else int(label) for label in labels]
 
     def labels_as_typed(self, labels: list[int | str] | int | str | None) -> list[int | str] | int | str | None:
-        """Labels of a command line, which takes the name "7" for a number: where a number is a name, the name."""
+        """Labels of a command line, where the name "7" and the number 7 look alike: where a number is a name, the name.
+
+        Raises:
+            ValueError: a number that may have been a name with leading zeros, such as 001, before YAML read it.
+        """
         if isinstance(labels, list):
             return [self.labels_as_typed(label) for label in labels]
-        return str(labels) if isinstance(labels, int) and str(labels) in self.class_names else labels
+        if isinstance(labels, str):
+            return int(labels) if _is_number(labels) and labels not in self.class_names else labels
+        if labels is None or str(labels) in self.class_names:
+            return labels if labels is None else str(labels)
+        for name in self.class_names:
+            if _is_number(name) and int(name) == labels:
+                raise ValueError(
+                    f"class label {labels} may be the class '{name}', whose zeros are lost where it is read as a "
+                    f"number; quote it, as in '[\"{name}\"]'"
+                )
+        return labels
 
     def _conditions(self, class_labels, prompts, num_images: int, generators) -> Tensor | None:
         """What the prior calls labels: class labels, or the token ids of prompts."""
@@ -588,26 +624,16 @@ class Pipeline:
             if self.prior.num_classes == 0:
                 return None
             draws = [torch.randint(self.prior.num_classes, (), generator=g, device=g.device).item() for g in generators]
-            return torch.tensor(draws)
+            return torch.tensor(draws, device="cpu")
         if isinstance(class_labels, (str, Number)):
             class_labels = [class_labels] * num_images
         if len(class_labels) != num_images:
             raise ValueError(f"got {len(class_labels)} class labels for {num_images} images: give one, or one each")
-        return torch.tensor(self.label_ids(class_labels))
+        return torch.tensor(self.label_ids(class_labels), device="cpu")
 
     def _classes(self, labels: Tensor | None) -> Tensor | None:
         """The class labels among what the prior calls labels."""
         return None if self.prior.conditional_on_text else labels
-
-
-def _floating_point(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """torch's type by its name; None for "auto", the type that weights have."""
-    if dtype is None or dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type of torch or its name, such as 'bfloat16', got {dtype!r}")
-    return found
 
 
 def _as_json(what: str, values: dict) -> dict:
@@ -625,6 +651,10 @@ def _as_json(what: str, values: dict) -> dict:
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{what}['{name}'] = {reprlib.repr(value)} cannot be written as JSON: {error}") from error
     return plain
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _as_list(values):
@@ -651,12 +681,20 @@ def check_belongs(prior: Prior, tokenizer: Tokenizer) -> None:
 
     Equal code spaces are not enough: codes of another tokenizer decode to what looks like noise.
     """
-    expected, found = prior.config.tokenizer_fingerprint, fingerprint(tokenizer)
-    if expected != found:
+    expected, found = prior.config.tokenizer_fingerprint, fingerprints(tokenizer)
+    if not expected:
         raise ValueError(
-            f"this prior was trained on the codes of tokenizer {expected or '(none recorded)'}, but the tokenizer "
-            f"given has fingerprint {found}; train a prior on this tokenizer's codes, or take the one it came from"
+            "this prior has no record of the tokenizer whose codes it was trained on; where it is this one, build it "
+            "with tokenizer_fingerprint=pipelines.fingerprint(tokenizer)"
         )
+    if expected not in found:
+        dtype = next(tokenizer.parameters()).dtype
+        raise ValueError(
+            f"this prior was trained on the codes of tokenizer {expected}, but the tokenizer given has fingerprint "
+            f"{found[-1]}; train a prior on this tokenizer's codes, or take the one it came from"
+            + ("" if dtype == torch.float32 else f". Its weights are {dtype}: where they were cast by hand, take "
+               "from_pretrained(path, dtype=...), or cast a pipeline of both by its `to`")
+        )  # fmt: skip
     if prior.spec != tokenizer.spec:
         raise ValueError(f"the prior's code space {prior.spec} is not the tokenizer's, {tokenizer.spec}")
 
@@ -745,10 +783,25 @@ def _read_index(folder: Path) -> dict:
     for key, kind in expected.items():
         if not isinstance(index.get(key), kind):
             raise ValueError(f"{folder / INDEX_NAME}: '{key}' must be a {kind.__name__}, got {index.get(key)!r}")
+    for split, evaluation in index["evaluations"].items():
+        if not _is_evaluation(evaluation):
+            raise ValueError(
+                f"{folder / INDEX_NAME}: 'evaluations' holds none of the {split} images, got {evaluation!r}"
+            )
     names = index["id2label"]
     if set(names) != {str(i) for i in range(len(names))} or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{folder / INDEX_NAME}: 'id2label' must give a name to each of the classes 0, 1, 2, ...")
     return index
+
+
+def _is_evaluation(found) -> bool:
+    """Whether it holds what the model card says of one."""
+    kinds = {"command": str, "data": dict, "protocol": dict, "not_measured": dict, "versions": dict, "seed": int}
+    return (
+        isinstance(found, dict)
+        and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+        and found["data"].keys() >= {"name", "split", "count", "content"}
+    )
 
 
 def _checked_part(index: dict, name: str, model):
@@ -764,6 +817,15 @@ def _checked_part(index: dict, name: str, model):
 def _check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"unknown output_type '{output_type}' (known: {', '.join(OUTPUT_TYPES)})")
+
+
+def _check_options(method: Callable, options: dict) -> None:
+    """Raises ValueError for an option of `method` that it would not pass on to `Prior.sample`."""
+    known = [*(field.name for field in fields(SamplingOptions)), "codes_callback"]
+    arguments = [name for name in inspect.signature(method).parameters if name != "options"]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{method.__name__} has no option '{option}'{nearest_known(option, known + arguments)}")
 
 
 def _output(images: Tensor, output_type: str):

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -28,13 +29,14 @@ from pipelines.checkpoint import (
     save_model,
     save_state,
 )
-from prior import PRIORS, Prior
+from prior import PRIORS, CodeSpec, Prior
 from prior.pixelcnn import PixelCNN
+from prior.rbm import RBM, RBMConfig
 from tests import tiny
 from tokenizer import TOKENIZERS, VQVAE, VQVAE2, Tokenizer
 from tokenizer.likelihoods import LIKELIHOODS
 from tokenizer.networks import NETWORKS
-from tokenizer.quantizers import QUANTIZERS
+from tokenizer.quantizers import FSQ, QUANTIZERS
 
 PREPROCESSING = {"image_size": [8, 8], "channels": 3, "resize_filter": "bicubic", "crop": "center", "binarize": "none"}
 TOKENIZER_VARIANTS = [
@@ -173,10 +175,90 @@ def test_saving_replaces_a_model_but_no_folder_that_holds_anything_else(folder):
     other = make("tokenizer", "vqvae2")
     save_model(other, folder)
     assert fingerprint(load_tokenizer(folder)) == fingerprint(other)
+    (folder / ".DS_Store").write_bytes(b"")  # of a file manager: nobody's work
+    save_model(other, folder)
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds other files than a model's \(thesis\.txt\)"):
         save_model(other, folder)
     assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        ("tokenizer", "vqvae", {"preprocessing": {**PREPROCESSING, "binarize_seed": 20261126}}),
+        ("tokenizer", "vqvae", {"quantizer": {"type": "gumbel", **tiny.QUANTIZERS["gumbel"], "decay_steps": 10**9}}),
+        ("tokenizer", "dvaepp", {"kl_warmup_steps": 10**9}),
+        ("prior", "rbm", {"spec": CodeSpec(((1, 2),), (2**25,))}),
+        ("prior", "uniform", {"spec": CodeSpec(((1, 2), (2,)), (3, 2**62))}),
+    ],
+    ids=["seed", "decay", "warm-up", "25 bits", "62 bits"],
+)
+def test_numbers_that_take_no_memory_may_be_large(kind, name, options, tmp_path):
+    model = make(kind, name, **options)
+    save_model(model, tmp_path / "model")
+    assert fingerprint(load(kind, tmp_path / "model")) == fingerprint(model)
+
+
+def test_what_could_not_be_loaded_is_neither_built_nor_saved(tmp_path):
+    too_many = {"spec": CodeSpec(((2,),), (2,)), "num_chains": 2, "burn_in": 2**24 + 1}
+    with pytest.raises(ValueError, match=r"config\.burn_in = 16777217 is beyond the limit of 16777216"):
+        build_prior({"type": "rbm", **too_many})
+    array = {"type": "vq", "codebook_size": np.int64(8), "code_dim": 4}
+    for model, message in [
+        (RBM(RBMConfig(**too_many)), "RBM cannot be saved: config.burn_in = 16777217 is beyond the limit"),
+        (VQVAE(VQVAE.Config(image_shape=(3, 8, 8), quantizer=array)), "VQVAE cannot be saved: .*int64 is not JSON"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            save_model(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+class Itemized(FSQ):
+    """Gets its vocabulary size from a tensor."""
+
+    def __init__(self, levels: tuple[int, ...] = (8, 5)):
+        super().__init__(levels)
+        self.vocab_sizes = (self.levels.prod().item(),)
+
+
+def test_a_constructor_that_needs_values_of_tensors_is_named_not_the_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(QUANTIZERS, "itemized", Itemized)
+    save_model(make("tokenizer", "vqvae", quantizer={"type": "itemized"}), tmp_path)
+    message = refusal(tmp_path)
+    assert "a 'vqvae' whose constructors do not work on the meta device" in message
+    assert "config.json" not in message
+
+
+@pytest.mark.parametrize(("kind", "name", "parts"), MODELS)
+def test_a_model_lies_on_the_cpu_whatever_the_default_device(kind, name, parts, tmp_path):
+    save_model(make(kind, name, **parts), tmp_path / "model")
+    torch.set_default_device("meta")
+    try:
+        loaded = load(kind, tmp_path / "model")
+    finally:
+        torch.set_default_device(None)
+    assert {tensor.device.type for tensor in [*loaded.parameters(), *loaded.buffers()]} <= {"cpu"}
+
+
+def test_a_compiled_model_is_the_model(tmp_path):
+    model = make("prior", "gpt")
+    before = fingerprint(model)
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    compiled = torch.compile(model, backend="eager")
+    assert fingerprint(compiled) == before
+    save_model(compiled, tmp_path / "model")
+    assert fingerprint(load_prior(tmp_path / "model")) == before
+
+
+def test_a_class_of_ones_own_that_is_not_registered_is_refused_by_its_registry():
+    class Mine(VQVAE):
+        pass
+
+    model = Mine(VQVAE.Config(**tiny.TOKENIZERS["vqvae"]))
+    for either in (model, torch.compile(model, backend="eager")):
+        with pytest.raises(ValueError, match=r"Mine is not registered \(known: .*vqvae2\)"):
+            fingerprint(either)
 
 
 def test_the_habit_methods_load_what_they_name(folder, tmp_path):
@@ -188,6 +270,10 @@ def test_the_habit_methods_load_what_they_name(folder, tmp_path):
     assert type(Prior.from_pretrained(tmp_path, subfolder="prior")) is PixelCNN
     half = Prior.from_pretrained(tmp_path, subfolder="prior", device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert next(VQVAE.from_pretrained(folder, dtype="bfloat16").parameters()).dtype == torch.bfloat16
+    assert next(VQVAE.from_pretrained(folder, dtype="auto").parameters()).dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype must be a floating-point type of torch or its name"):
+        VQVAE.from_pretrained(folder, dtype=torch.int8)
     for subfolder in ("three", "../", "/"):
         with pytest.raises(ValueError, match=rf"has no folder '{subfolder}' within"):
             Prior.from_pretrained(tmp_path / "prior", subfolder=subfolder)
@@ -261,6 +347,17 @@ def test_a_prior_of_many_layers_is_refused_at_once(tmp_path):
         change_config(tmp_path, num_layers=num_layers)
         with pytest.raises(ValueError, match=message):
             load_prior(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt", "pixelcnn", "pixelsnail", "factorial"])
+@pytest.mark.parametrize("vocab_size", [2**40, 2**62, 2**64])
+def test_an_absurd_vocabulary_is_refused_without_its_memory(name, vocab_size, tmp_path):
+    save_model(make("prior", name), tmp_path)
+    change_config(tmp_path, spec={"shapes": [[1, 1], [1, 2]], "vocab_sizes": [vocab_size, 2]})
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_prior(tmp_path)
+    assert time.monotonic() - start < 2
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,6 +1,7 @@
 """Masks against brute force, completions against the exact conditional of code spaces small enough to enumerate."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -383,6 +384,22 @@ def test_one_label_serves_all_candidates_and_wrong_arguments_are_refused():
     pictures = [Image.new("RGB", (8, 8))]
     with pytest.raises(ValueError, match="as large as its image, got 8 x 4 for an image of 8 x 8"):
         pipeline.complete(pictures, Image.new("L", (8, 4)))
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [("return_log_prob", ""), ("labels", "; did you mean 'class_labels'?"), ("progress", ""), ("given", ""),
+     ("temprature", "; did you mean 'temperature'?")],
+)  # fmt: skip
+def test_an_option_that_sampling_does_not_have_is_refused_by_name(option, hint):
+    pipeline, images = make(num_classes=3), torch.zeros(1, 3, 8, 8)
+    for method, arguments in [
+        (pipeline.complete, {"images": images, "mask": TOP_HALF}),
+        (pipeline.outpaint, {"images": images, "size": (8, 12)}),
+        (pipeline.rejection_sample, {"score": lambda x: x.mean((1, 2, 3)), "keep_fraction": 0.5}),
+    ]:
+        with pytest.raises(ValueError, match=rf"{method.__name__} has no option '{option}'.*{re.escape(hint)}.*known:"):
+            method(**arguments, **{option: None})
 
 
 @pytest.mark.parametrize("prior", tiny.BIT_PRIORS)

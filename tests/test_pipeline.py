@@ -1,11 +1,13 @@
 """Laws of the pipeline: every tokenizer with every prior samples, saves, loads and samples the same again."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -24,8 +26,9 @@ from pipelines.pictures import (
     save_samples,
     side_by_side,
 )
+from pipelines.text import TextConfig, TextTokenizer
 from pipelines.two_stage import save_stage_one, save_stage_two
-from prior import PRIORS
+from prior import PRIORS, Prior
 from tests import tiny
 from tokenizer import TOKENIZERS, Tokenizer
 
@@ -34,8 +37,10 @@ NAMES = ["cat", "dog", "owl"]
 
 
 def make_tokenizer(name: str = "vqvae", **options):
-    fields = {**tiny.TOKENIZERS[name], "likelihood": {"type": "normal"}, "preprocessing": PREPROCESSING}
-    return build_tokenizer({"type": name, **fields, **options})
+    defaults = {**tiny.TOKENIZERS[name], "preprocessing": PREPROCESSING}
+    if "likelihood" in {field.name for field in fields(TOKENIZERS[name].Config)}:
+        defaults["likelihood"] = {"type": "normal"}
+    return build_tokenizer({"type": name, **defaults, **options})
 
 
 def make_prior(name: str, tokenizer, num_classes: int = 0):
@@ -265,6 +270,13 @@ def test_a_number_on_a_command_line_is_a_class_of_that_name():
     pipeline.class_names = ["1", "2", "3"]
     for typed, expected in [(2, "2"), ("2", "2"), (0, 0), ([3, 0, "1"], ["3", 0, "1"]), (None, None)]:
         assert pipeline.labels_as_typed(typed) == expected
+    pipeline.class_names = ["001", "010", "cat"]
+    for typed, expected in [("001", "001"), ("0", 0), (["010", "1", "02"], ["010", 1, 2]), ("cat", "cat"), (0, 0),
+                            (2, 2), ("-1", "-1")]:  # fmt: skip
+        assert pipeline.labels_as_typed(typed) == expected
+    for typed, name in [(1, "001"), ([0, 10], "010")]:
+        with pytest.raises(ValueError, match=rf"may be the class '{name}', .* quote it, as in '\[\"{name}\"\]'$"):
+            pipeline.labels_as_typed(typed)
 
 
 def test_the_progress_bar_can_be_silenced(capsys):
@@ -346,6 +358,8 @@ def test_vectors_of_codes_are_decoded_as_the_codes_are_or_refused(name):
 @pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))
 def test_a_line_between_two_images_begins_and_ends_with_their_reconstructions(tokenizer):
     pipeline = make(tokenizer, None)
+    if type(pipeline.tokenizer).embed is Tokenizer.embed:
+        pytest.skip("the codes of this tokenizer stand for no vectors")
     first, second = torch.rand(2, 3, 3, 8, 8, generator=seed(1))
     lines = pipeline.interpolate(first, second, 5, output_type="pt").unflatten(0, (3, 5))
     for end, images in ((0, first), (-1, second)):
@@ -379,6 +393,37 @@ def test_mixed_parts_are_refused_with_both_fingerprints(tmp_path):
     assert fingerprint(other) in str(error.value)
     with pytest.raises(ValueError, match="trained on the codes of tokenizer"):
         Pipeline(other, pipeline.prior)
+
+
+def test_parts_in_half_precision_belong_together_while_they_are_what_was_loaded(tmp_path):
+    make().save_pretrained(tmp_path)
+    prior = Prior.from_pretrained(tmp_path / "prior", dtype="bfloat16")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer", dtype="bfloat16")
+    pipeline = Pipeline(tokenizer, prior)
+    pipeline.to(torch.float16)
+    for part in (tokenizer, copy.deepcopy(tokenizer), Pipeline.from_pretrained(tmp_path, dtype="float16").tokenizer):
+        assert Pipeline(part, prior).tokenizer is part
+    other = make_tokenizer().to(torch.bfloat16).state_dict()
+    for change in (lambda model: model.load_state_dict(other), lambda model: model.decoder[0].weight.data.mul_(2)):
+        tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer", dtype="bfloat16")
+        change(tokenizer)
+        with pytest.raises(ValueError, match=r"Its weights are torch.bfloat16: .* take from_pretrained\(path, dtype="):
+            Pipeline(tokenizer, prior)
+
+
+def test_a_prior_built_by_hand_is_told_how_to_record_its_tokenizer():
+    tokenizer = make_tokenizer()
+    prior = build_prior({"type": "uniform", "spec": tokenizer.spec})
+    with pytest.raises(ValueError, match=r"no record .* tokenizer_fingerprint=pipelines\.fingerprint\(tokenizer\)"):
+        Pipeline(tokenizer, prior)
+
+
+def test_compiled_parts_are_saved_as_themselves(tmp_path):
+    pipeline = make(num_classes=3)
+    compiled = Pipeline(*(torch.compile(part, backend="eager") for part in (pipeline.tokenizer, pipeline.prior)))
+    compiled.save_pretrained(tmp_path)
+    assert fingerprint(Pipeline.from_pretrained(tmp_path).prior) == fingerprint(pipeline.prior)
+    assert "# VQVAE + GPT" in (tmp_path / "README.md").read_text()
 
 
 def test_given_parts_take_the_place_of_saved_ones(tmp_path):
@@ -419,6 +464,15 @@ def test_a_wrong_index_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
         Pipeline.from_pretrained(tmp_path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("evaluation", [5, None, {}, {"data": {}}])
+def test_an_index_with_what_is_no_evaluation_is_refused(tmp_path, evaluation):
+    make().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "evaluations": {"test": evaluation}}))
+    with pytest.raises(ValueError, match="'evaluations' holds none of the test images, got"):
+        Pipeline.from_pretrained(tmp_path)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
@@ -498,6 +552,34 @@ def test_what_cannot_be_saved_leaves_the_folder_as_it_was(value, tmp_path):
     with pytest.raises(ValueError, match=r"metrics\['fid'\] = .* cannot be written as JSON"):
         other.save_pretrained(tmp_path)
     assert fingerprint(Pipeline.from_pretrained(tmp_path).tokenizer) == fingerprint(pipeline.tokenizer)
+
+
+class Unregistered(PRIORS["uniform"]):
+    pass
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "prior", "text_tokenizer", "unregistered"])
+def test_parts_are_replaced_together_or_not_at_all(part, tmp_path):
+    captions = TextTokenizer.train(["a cat"], TextConfig(vocab_size=256))
+    text = {"text_vocab_size": captions.vocab_size, "max_text_length": captions.max_length,
+            "text_tokenizer_fingerprint": captions.fingerprint}  # fmt: skip
+
+    def make_captioned() -> Pipeline:
+        tokenizer = make_tokenizer()
+        implied = {"spec": tokenizer.spec, "tokenizer_fingerprint": fingerprint(tokenizer), **text}
+        prior = build_prior({"type": "gpt", **tiny.PRIORS["gpt"], **implied})
+        return Pipeline(tokenizer, prior, text_tokenizer=captions)
+
+    pipeline, other = make_captioned(), make_captioned()
+    pipeline.save_pretrained(tmp_path)
+    if part == "unregistered":
+        other.prior = Unregistered(PRIORS["uniform"].Config(spec=other.tokenizer.spec))
+    else:
+        (tmp_path / part / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds other files than a .* \(thesis|Unregistered is not registered"):
+        other.save_pretrained(tmp_path)
+    assert fingerprint(Pipeline.from_pretrained(tmp_path).tokenizer) == fingerprint(pipeline.tokenizer)
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("names", [[0, 1, 2], ["cat", None, "owl"], np.array([0, 1, 2])])
