@@ -46,6 +46,29 @@ def has_captions(folder: Path) -> bool:
     return _hold_captions(_metadata(folder)[1])
 
 
+def unused_captions(folder: Path, root: Path, class_names: Sequence[str]) -> str | None:
+    """Why metadata that seem to hold captions, as other tools would read them, are not used; None if there are none.
+
+    Args:
+        folder: the folder of a split, for which `read_captions` found none.
+        root: the folder above the splits, or `folder` itself.
+        class_names: the class folders within it.
+    """
+    path, rows = _metadata(folder)
+    first = rows[0][1] if rows else {}
+    texts = [name for name, value in first.items() if name != "file_name" and isinstance(value, str)]
+    if texts:
+        return f"{path} has no field 'text', only {', '.join(texts)}: captions are not used"
+    elsewhere = [(above / name, above) for above in (root, *map(folder.joinpath, class_names)) for name in NAMES]
+    for path, above in elsewhere:
+        if above != folder and path.is_file():
+            return (
+                f"{path} is not read: captions are not used; they are read from {folder / path.name}, where file_name "
+                f"is a path below {folder}"
+            )
+    return None
+
+
 def _hold_captions(rows: list[tuple[int, dict]]) -> bool:
     return any("text" in row for _, row in rows)
 

@@ -42,7 +42,9 @@ class Parser(ArgumentParser):
 def explain(message: str, known: list[str]) -> str:
     """A parser's message on one line, with the nearest known name where the message is about an unknown one."""
     message = " ".join(message.split())
-    if found := re.search(r"unrecognized arguments: (?:--)?([\w.-]+)|Option '([\w.]+)' is not accepted", message):
+    if found := re.search(r"unrecognized arguments: (?!--)(\S+)", message):
+        return f"'{found[1]}' belongs to no option; a list is written '[a.png, b.png]'"
+    if found := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", message):
         name = found[1] or found[2]
         return f"unknown field '{name}'{_nearest_field(name, known)}"
     if found := re.search(
@@ -51,14 +53,14 @@ def explain(message: str, known: list[str]) -> str:
         name = ".".join(part for part in found.groups() if part)
         return f"unknown field '{name}'{_nearest_field(name, known)}"
     if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-        choices = re.findall(r"[\w.]+", found[2])
+        choices = re.findall(r"[\w.-]+", found[2])
         field = re.search(r"argument --([\w.]+)", message)
         return _unknown_value(found[1], f" for {field[1]}" if field else "", choices)
     union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
     if found := re.search(rf'key "([\w.]+)": (?:Expected a (.*?)\. Got value: (.*)|{union})', message):
         name, kinds, value = found[1], found[2] or found[4], found[3] or found[5]
         if literal := re.search(r"typing\.Literal\[(.*?)\]", kinds):
-            choices = re.findall(r"[\w.]+", literal[1])
+            choices = re.findall(r"[\w.-]+", literal[1])
             return _unknown_value(value, f" for {name}", choices)
         return f"{name} must be {_in_words(kinds)}, got {value}"
     return message
@@ -165,7 +167,26 @@ def parse(
     for name, section in sections.items():
         if not isinstance(section, Polymorphic):
             _refuse_blanks(parser, name, section, parsed[name])
+    for name, kind in inspect.get_annotations(options).items():
+        if parsed[name] is None or isinstance(parsed[name], list):
+            parsed[name] = _as_typed(parsed[name], kind, peek(name, argv))
     return plain(parsed)
+
+
+def _as_typed(value, kind, typed: str | None):
+    """A value as the command line has it, where text is allowed and YAML read it as something else.
+
+    YAML takes '#1 dad' for a comment and '~' for nothing, both none, and 010 in a list for a number.
+    """
+    kinds = get_args(kind)
+    if not isinstance(typed, str):  # not given, or by a file
+        return value
+    if value is None:
+        return typed if str in kinds and typed.strip().lower() != "null" else None
+    if any(str in of for item in kinds for of in map(get_args, get_args(item))):
+        words = yaml.load(typed, yaml.BaseLoader)
+        return [word if isinstance(item, int) and str(item) != word else item for item, word in zip(value, words)]
+    return value
 
 
 def _without_other_types(argv: list[str], chosen: dict[str, str], known: set[str]) -> list[str]:

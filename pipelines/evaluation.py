@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipelines.checkpoint import fingerprint
+from pipelines.checkpoint import weights_of
 from pipelines.classifier import classifier_features
 from pipelines.codebook_pictures import position_entropy, save_codebook_pictures
 from pipelines.features import MOST_KEPT, FeatureNetwork, feature_statistics, frechet_distance, reference_of
@@ -30,7 +30,7 @@ from pipelines.likelihood import (
     prior_labels,
     standard_error,
 )
-from pipelines.metrics import NotMeasurableError
+from pipelines.metrics import MOST_COUNTED, NotMeasurableError
 from pipelines.ood import auroc, load_other
 from pipelines.pretrained import inception_features, lpips_network
 from pipelines.protocol import pixels_of, versions
@@ -113,9 +113,7 @@ def evaluate(
     inception = inception_features(inception_weights, device=pipeline.device) if inception_weights else None
     if metrics is None and not pipeline.tokenizer.has_local_latents:
         chosen.remove("local")  # a reason why it is missing would only be noise
-    weights = {"tokenizer": fingerprint(pipeline.tokenizer)}
-    if pipeline.has_stage_two:
-        weights["prior"] = fingerprint(pipeline.prior)
+    weights = weights_of(pipeline)
     measure = Evaluation(
         pipeline, images, train_images, chosen, num_draws, num_samples, batch_size, seed, inception, lpips_parts,
         folder, cache,
@@ -247,6 +245,8 @@ class Evaluation:
     def codebook(self) -> None:
         measured = self._reconstructions
         levels = measured.counts.levels
+        if not levels and self.pipeline.tokenizer.spec.is_discrete:
+            raise NotMeasurableError(f"codebooks of more than {MOST_COUNTED:,} codes are not counted")
         if not levels:
             raise NotMeasurableError("the codes are real numbers: there is no codebook")
         metrics = measured.counts.summary()

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipelines.captions import NAMES, has_captions, read_captions
+from pipelines.captions import NAMES, has_captions, read_captions, unused_captions
 from pipelines.preprocessing import BadImageError, load, naming_image
 
 VALIDATION_FOLDERS = ("validation", "val", "valid")
@@ -41,6 +41,7 @@ class Source(ABC):
     where: for messages. class_names: empty if there are no labels. carved: the splits to be carved out of these images,
     empty when all of them are the split asked for. probe_count: how many images a look at the data takes in.
     thread_safe: whether several threads may read at once. has_captions: whether images have captions.
+    unused_captions: why what seem to be captions are not used, None where there are none such.
     """
 
     where: str
@@ -49,6 +50,7 @@ class Source(ABC):
     probe_count: int
     thread_safe = True
     has_captions = False
+    unused_captions: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -113,13 +115,19 @@ def _extensions() -> set[str]:
 class FolderSource(Source):
     """Image files, with or without one folder per class, with or without train/ validation/ test/ above them.
 
-    Beside train/ there are no other folders of images, and without it at most one that is named as a split.
-    Captions are read from the folder's metadata.jsonl or metadata.csv, see `read_captions`.
+    Beside train/ there are no other folders of images; test/ and validation/ may also stand alone. Among classes at
+    most one is named as a split. Captions are read from the folder's metadata.jsonl or metadata.csv, see
+    `read_captions`.
+
+    Args:
+        root: folder of the images.
+        split: train, validation or test; or all, the images of a folder that is not divided into splits.
     """
 
     def __init__(self, root: Path, split: str):
         if not root.is_dir():
             raise ValueError(f"{root.absolute()} is not a folder; set root to the folder that holds the images")
+        self.root = root
         self.folder, self.carved = _split_folder(root, split)
         self.where = str(self.folder)
         self.class_names, self.paths, self.labels = _list_images(self.folder)
@@ -147,6 +155,10 @@ class FolderSource(Source):
         if self.has_captions != has_captions(train):
             having, lacking = (self.folder, train) if self.has_captions else (train, self.folder)
             raise ValueError(f"{having} has captions and {lacking} has none; give both a {NAMES[0]}, or neither")
+
+    @property
+    def unused_captions(self) -> str | None:
+        return None if self.has_captions else unused_captions(self.folder, self.root, self.class_names)
 
     def caption(self, index: int) -> str:
         return self.captions[index]
@@ -181,27 +193,42 @@ class FolderSource(Source):
 
 def _split_folder(root: Path, split: str) -> tuple[Path, tuple[str, ...]]:
     """The folder a split's images lie in, and which splits are to be carved out of it."""
-    _check_split_names(root)
-    if not (root / "train").is_dir():
+    given = _folders_of_splits(root)
+    _check_split_names(root, given)
+    parts = _listed([folder.name for folder in given.values()])
+    if split == "all":
+        if given:
+            raise ValueError(f"{root} is divided into {parts}; name a split, or one of these folders as the root")
+        return root, ()
+    if not given:
         return root, ("test", "validation")
-    given = {"train": root / "train"}
-    if (root / "test").is_dir():
-        given["test"] = root / "test"
-    validation = [root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()]
-    if len(validation) > 1:
-        raise ValueError(f"{root} has several validation folders: {', '.join(map(str, validation))}; keep one")
-    if validation:
-        given["validation"] = validation[0]
+    if "train" not in given and split not in given:
+        raise ValueError(
+            f"{root} holds {parts} alone, and no images of the {split} split; put those into {root / split}"
+        )
     missing = tuple(name for name in ("test", "validation") if name not in given)
     if split == "train" or split in missing:
         return given["train"], missing
     return given[split], ()
 
 
-def _check_split_names(root: Path) -> None:
+def _folders_of_splits(root: Path) -> dict[str, Path]:
+    """The folder of each split that has one; none where folders are classes, of which one may be called as a split."""
+    validation = [root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()]
+    given = {name: root / name for name in ("train", "test") if (root / name).is_dir()}
+    if validation:
+        given["validation"] = validation[0]
+    if "train" not in given:
+        return given if {folder.name for folder in given.values()} == set(_class_folders(root)) else {}
+    if len(validation) > 1:
+        raise ValueError(f"{root} has several validation folders: {', '.join(map(str, validation))}; keep one")
+    return given
+
+
+def _check_split_names(root: Path, given: dict[str, Path]) -> None:
     """Raises ValueError where classes would be taken for splits, or splits for classes: nothing else would show it."""
     names = _class_folders(root)
-    if not (root / "train").is_dir():
+    if not given:
         like = [name for name in names if name.lower() in SPLIT_LIKE]
         if len(like) > 1:
             raise ValueError(

@@ -110,8 +110,8 @@ class DataConfig:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
 
 
-def load_images(config: DataConfig, split: Split) -> "ImageDataset":
-    """The images of one split.
+def load_images(config: DataConfig, split: Split | Literal["all"]) -> "ImageDataset":
+    """The images of one split, or all of a folder that is not divided into splits.
 
     A test split that the data brings is used as it is, else a tenth is set aside, the same for every configuration.
     Validation images come from a validation folder, or are carved out of the training images.
@@ -122,7 +122,9 @@ def load_images(config: DataConfig, split: Split) -> "ImageDataset":
             neither in `root` nor can be downloaded.
         BadImageError: an unreadable file, unless they are skipped.
     """
-    if split not in get_args(Split):
+    if split == "all" and config.name != "folder":
+        raise ValueError(f"all images are to be had of a folder only, not of {config.name}; name a split")
+    if split not in (*get_args(Split), "all"):
         raise ValueError(f"unknown split {split!r}; choose from {', '.join(get_args(Split))}")
     if config.name == "digits":
         source = DigitsSource()
@@ -135,15 +137,17 @@ def load_images(config: DataConfig, split: Split) -> "ImageDataset":
     return ImageDataset(source, _choose(source, config, split), config, split)
 
 
-def _choose(source: "Source", config: DataConfig, split: Split) -> np.ndarray:
+def _choose(source: "Source", config: DataConfig, split: str) -> np.ndarray:
     """Sorted indices of the images of a split."""
     indices = np.arange(len(source))
     if source.carved:
         indices = _carve(len(source), source.carved, config)[split]
     if not len(indices):
+        few = f"put images into train/ and {split}/ folders; for a trial, the same ones will do"
         raise ValueError(
             f"the {split} split of {source.where} is empty: it is carved out of {len(source)} images "
-            f"with validation_fraction = {config.validation_fraction}; use more images or a larger fraction"
+            f"with validation_fraction = {config.validation_fraction}; "
+            f"{few if len(source) <= len(source.carved) else 'use a larger fraction'}"
         )
     if config.max_images is not None and config.max_images < len(indices):
         indices = np.random.default_rng(config.split_seed).permutation(indices)[: config.max_images]
@@ -170,7 +174,7 @@ class ImageDataset(Dataset):
 
     Attributes:
         config: the configuration with image_size and channels filled in from the data.
-        split: train, validation or test.
+        split: train, validation, test or all.
         image_shape: (C, H, W).
         num_classes: 0 if there are no labels. class_names: their names in the order of the labels.
         captions: one for each image, None if there are none.
@@ -181,7 +185,7 @@ class ImageDataset(Dataset):
         skipped: unreadable files that were left out.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, config: DataConfig, split: Split):
+    def __init__(self, source: Source, indices: np.ndarray, config: DataConfig, split: str):
         self.source, self.split = source, split
         self.skipped: list[Path] = []
         self.class_names = source.class_names
@@ -197,7 +201,7 @@ class ImageDataset(Dataset):
         self._cache, self._labels = self._decode_all()
         self.identity = self._describe(hashlib.sha256(b"".join(probe.digest for _, probe in sorted(probes.items()))))
         self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        self.contents = hashlib.sha256(json.dumps([self.identity["content"], self.class_names]).encode()).hexdigest()
+        self.contents = contents_of(self.identity, self.class_names)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -373,6 +377,11 @@ class ImageDataset(Dataset):
         if config.binarize == "stochastic":
             pixels = draw_binary(pixels, generator)
         return np.ascontiguousarray(pixels), label
+
+
+def contents_of(identity: dict, class_names: Sequence[str]) -> str:
+    """`ImageDataset.contents`, from the identity."""
+    return hashlib.sha256(json.dumps([identity.get("content"), class_names]).encode()).hexdigest()
 
 
 def num_usable_cores() -> int:

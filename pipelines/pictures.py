@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipelines.files import atomic_file
+from pipelines.runs import check_writable
 from prior.base import Prior
 from tokenizer.base import Tokenizer
 
@@ -58,6 +59,7 @@ def check_picture(path: Path, columns: int = 1, suffix: str = ".png") -> None:
         raise ValueError(
             f"the picture is written as {suffix[1:].upper()}, got '{path}'; name a file that ends in {suffix}"
         )
+    check_writable(path)
 
 
 def class_columns(pipeline, class_labels=None, rows: int = 8) -> tuple[list[int], list[str]]:

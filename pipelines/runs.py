@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import yaml
 from pipelines.checkpoint import CONFIG_NAME, load_tokenizer
 from pipelines.config import differences, flatten, has_config_file, peek, read_yaml, wants_json
 from pipelines.files import atomic_file, read_json
-from pipelines.images import DataConfig, ImageDataset, load_images
+from pipelines.images import DataConfig, ImageDataset, contents_of, load_images
 from pipelines.launch import exit_process
 from pipelines.report import format_table
 from tokenizer.base import Tokenizer
@@ -68,12 +68,22 @@ def run_script(main: Callable[[], Outcome | None]) -> None:
         if os.environ.get("TESSERA_TRACEBACK"):
             raise
         exit_process(f"error: {one_line(error)}")
+    except RuntimeError as error:
+        if not _lost_another_process(error):
+            raise
+        exit_process(1)  # the other one says why
     except KeyboardInterrupt:
         exit_process(130)
     except SystemExit as stop:  # of a run that was told to stop
         exit_process(stop.code or 0)
     if dist.is_initialized():
         exit_process()
+
+
+def _lost_another_process(error: RuntimeError) -> bool:
+    """Whether a process other than the first waited for one that had ended, in which case its error is no news."""
+    lost = isinstance(error, dist.DistError) or "onnection closed by peer" in str(error) or "gloo" in str(error)
+    return dist.is_initialized() and dist.get_rank() > 0 and lost
 
 
 def one_line(error: BaseException) -> str:
@@ -142,6 +152,21 @@ def refuse_several_processes() -> None:
         raise ValueError("several processes were launched, but this script works alone; start it with python")
 
 
+def check_writable(path: Path) -> None:
+    """Raises ValueError where a file could not be written, before the work on what is to be in it is done."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file; name a file to write")
+    folder = next(above for above in path.absolute().parents if above.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {folder} is not a folder that can be written to; name another")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that torch does not take."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
+
+
 def say_skipped(*data_sets: ImageDataset) -> None:
     """Names and counts the files that were left out, once per machine, on standard error."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -153,6 +178,14 @@ def say_skipped(*data_sets: ImageDataset) -> None:
             print(
                 f"left out {count} unreadable of {count + len(images)} {images.split} images: {named}", file=sys.stderr
             )
+
+
+def say_unused_captions(*data_sets: ImageDataset) -> None:
+    """Says why what seem to be captions are not used, once per machine, on standard error."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for reason in dict.fromkeys(images.source.unused_captions for images in data_sets):
+            if reason is not None:
+                print(reason, file=sys.stderr)
 
 
 def save_config(path: Path, config: dict) -> None:
@@ -193,16 +226,53 @@ def adopt_data_section(run: Path, folder: Path) -> None:
         save_config(folder / "stage_one" / "config.yaml", read_yaml(run / "stage_one" / "config.yaml"))
 
 
-def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str) -> ImageDataset:
+def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str, *, run: Path | None = None) -> ImageDataset:
     """Images prepared as the tokenizer's training images were.
 
+    Args:
+        run: the folder of the tokenizer's run, to check that images held out there were not trained on.
     Raises:
-        ValueError: the data would be prepared in another way, with each difference.
+        ValueError: the data would be prepared in another way, with each difference; or see `check_held_out`.
     """
     images = load_images(config, split)
     say_skipped(images)
+    if run is not None:
+        check_held_out(run, images)
     changed = differences(tokenizer.config.preprocessing, images.preprocessing)
     if changed:
         listed = "; ".join(f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
         raise ValueError(f"the tokenizer was trained on images prepared otherwise ({listed}); set data.* to match")
     return images
+
+
+def check_held_out(run: Path, images: ImageDataset) -> None:
+    """Raises ValueError where a split is carved out of a run's own folder of images, which has changed since training.
+
+    Which images are carved out depends on all of them: one more, and most of them are images trained on.
+    """
+    path = run / "stage_one" / "config.yaml"
+    if images.config.name != "folder" or images.split == "train" or not images.source.carved or not path.is_file():
+        return
+    own, recorded = DataConfig(**read_yaml(path)["data"]), _contents_trained_on(run)
+    is_own = own.name == "folder" and os.path.realpath(own.root) == os.path.realpath(images.config.root)
+    if not is_own or recorded is None:
+        return
+    if load_images(replace(own, cache_bytes=0), "train").contents != recorded:
+        raise ValueError(
+            f"the images in {own.root}, or their captions, are not those that {run} was trained on: the {images.split} "
+            f"split that is carved out of them would hold training images; restore them, or put images into train/ "
+            f"and {images.split}/ folders, or name another folder with --data.root"
+        )
+
+
+def _contents_trained_on(run: Path) -> str | None:
+    """`ImageDataset.contents` of a run's training images, as its training states or its codes tell; None if neither."""
+    for stage in ("stage_one", "stage_two"):
+        for path in sorted(run.glob(f"{stage}/state/step-*/state.json"), reverse=True):
+            contents = read_json(path).get("surroundings", {}).get("training data")
+            if contents is not None:
+                return contents
+    if not (run / CODES).is_file():
+        return None
+    spec = read_json(run / CODES)
+    return contents_of(spec.get("dataset", {}), spec.get("class_names", []))

@@ -4,8 +4,8 @@
     python scripts/benchmark.py sampling --peer rosinality=../vq-vae-2-pytorch --threads 2
 
 Peers on PyPI take part where they are installed (pip install 'tessera-codes[bench]'), others as work trees. Writes a
-table, JSON and a chart to benchmark_results/, in 2_threads/ there with --threads 2, in quick/ with --sizes quick. What lies
-there is put on one page by
+table, JSON and a chart to benchmark_results/, to 2_threads/ there with --threads 2, to quick/ with --sizes quick. What
+lies in one of them is put on one page by
 
     python scripts/benchmark.py summary
 """
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with this in their title")
     memory = "memory that a candidate may take where its peak is measured; 0 leaves that out"
     parser.add_argument("--memory_limit_gb", type=float, default=8.0, help=memory)
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to, or what to summarise, in place of those")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="in place of these folders")
     arguments = parser.parse_args()
     arguments.output = arguments.output or default_output(arguments)
     # Before torch is imported: libraries size their pools then

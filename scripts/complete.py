@@ -18,10 +18,10 @@ from typing import Literal
 
 import torch
 
-from pipelines.config import parse, plain
+from pipelines.config import parse, peek, plain
 from pipelines.masks import as_mask, named_mask, open_image
 from pipelines.pictures import check_picture, save_grid
-from pipelines.runs import Outcome, choose_device, find_run, refuse_several_processes, run_script
+from pipelines.runs import Outcome, check_seed, choose_device, find_run, refuse_several_processes, run_script
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")
@@ -30,7 +30,7 @@ CONDITIONS = ("class_labels", "prompts", "num_candidates", "keep_known_pixels")
 USED = {
     "mask": {*SAMPLING, *CONDITIONS, "ranking", "columns"},
     "size": {*SAMPLING, *CONDITIONS, "position", "stride"},
-    "interpolate": {"batch_size"},
+    "interpolate": set(),
 }
 
 
@@ -75,7 +75,7 @@ class Options:
     position: tuple[int, int] = (0, 0)
     stride: int | None = None
     interpolate: int | None = None
-    class_labels: list[int | str] | int | str | None = None
+    class_labels: list[str | int] | str | int | None = None
     prompts: list[str] | str | None = None
     num_candidates: int = 4
     ranking: Literal["log_prob", "importance"] = "log_prob"
@@ -96,8 +96,11 @@ class Options:
 def main() -> Outcome:
     refuse_several_processes()
     config = parse(__doc__, {}, Options)
+    if config["prompts"] is None:
+        config["prompts"] = peek("prompts")  # the word null is a caption too
     output = Path(config["output"])
     check_picture(output, 1 if config["columns"] is None else config["columns"])
+    check_seed(config["seed"])
     tasks = [name for name in ("mask", "size", "interpolate") if config[name] is not None]
     if len(tasks) != 1:
         raise ValueError(f"give exactly one of --mask, --size and --interpolate, got {', '.join(tasks) or 'none'}")

@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.checkpoint import weights_of
 from pipelines.config import parse, peek
 from pipelines.evaluation import NEED_TRAINING_IMAGES, evaluate
 from pipelines.files import write_json_atomic
@@ -25,6 +26,7 @@ from pipelines.images import Split as ImageSplit
 from pipelines.report import RESULT_NAME, dropped, earlier_result, format_summary, record, with_earlier
 from pipelines.runs import (
     Outcome,
+    check_writable,
     choose_device,
     find_run,
     load_images_for,
@@ -80,11 +82,12 @@ def main() -> Outcome:
     refuse_several_processes()
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     run = find_run(config["run"], INDEX_NAME)
+    check_writable(run / RESULT_NAME)
     if isinstance(config["metrics"], str):
         config["metrics"] = [config["metrics"]]
     pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
     pipeline.set_progress_bar_config(disable=None)
-    images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), config["split"])
+    images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), config["split"], run=run)
     train_images = None
     if config["metrics"] is None or set(config["metrics"]) & set(NEED_TRAINING_IMAGES):
         train_images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), "train")
@@ -110,6 +113,14 @@ def main() -> Outcome:
             **{name: config[name] for name in options},
         ),
     }
+    now = Pipeline.from_pretrained(run)
+    if weights_of(now) != result["weights"]:
+        print(format_summary(result))
+        raise ValueError(
+            f"the models in {run} were trained anew while the old ones were measured: their numbers, shown above, are "
+            "not recorded; evaluate again"
+        )
+    pipeline.metrics, pipeline.evaluations = now.metrics, now.evaluations  # with what others measured meanwhile
     places = [f"run: {run}"] + [f"picture: {run / 'evaluation' / name}" for name in result["pictures"].values()]
     earlier = earlier_result(pipeline, config["split"], result, run) if config["keep"] else None
     result = with_earlier(result, earlier)

@@ -1,6 +1,7 @@
 """Writes the codes of another split or data set with a trained tokenizer.
 
     accelerate launch scripts/extract_codes.py --run runs/mnist-vqvae --split test
+    accelerate launch scripts/extract_codes.py --data.name folder --data.root photos --split all
 
 Images are prepared as the tokenizer's own training images were; data.* defaults to the data of the run. An interrupted
 dump continues when the command is run again.
@@ -15,7 +16,14 @@ from pipelines.codes import write_codes
 from pipelines.config import parse, peek
 from pipelines.images import DataConfig
 from pipelines.launch import make_accelerator
-from pipelines.runs import Outcome, find_run, load_images_for, run_script, saved_data_section
+from pipelines.runs import (
+    Outcome,
+    find_run,
+    load_images_for,
+    run_script,
+    saved_data_section,
+    say_unused_captions,
+)
 from pipelines.training import TrainingConfig
 
 TOKENIZER = "tokenizer/config.json"
@@ -27,17 +35,19 @@ class Options:
 
     Args:
         run: run folder of the tokenizer; default the newest under runs/.
-        split: which images.
+        split: which images; all is every image of a folder that is not divided into splits.
         output: folder of the codes; default RUN/codes/SPLIT.
         batch_size: images encoded at a time by each process.
+        num_workers: worker processes that read images.
         overwrite: replace codes of another tokenizer that lie in the folder.
         cpu: encode on the CPU even where there is an accelerator.
     """
 
     run: str | None = None
-    split: Literal["train", "validation", "test"] = "test"
+    split: Literal["train", "validation", "test", "all"] = "test"
     output: str | None = None
     batch_size: int = 256
+    num_workers: int = 0
     overwrite: bool = False
     cpu: bool = False
 
@@ -53,7 +63,8 @@ def main() -> Outcome | None:
     accelerator = make_accelerator(TrainingConfig(cpu=config["cpu"], tracker="none"), output)
 
     tokenizer = load_tokenizer(run / "tokenizer").to(accelerator.device)
-    images = load_images_for(tokenizer, DataConfig(**config["data"]), config["split"])
+    images = load_images_for(tokenizer, DataConfig(**config["data"]), config["split"], run=run)
+    say_unused_captions(images)
     write_codes(
         output,
         tokenizer,
@@ -62,6 +73,7 @@ def main() -> Outcome | None:
         tokenizer_folder=run / "tokenizer",
         fingerprint=fingerprint(tokenizer),
         batch_size=config["batch_size"],
+        num_workers=config["num_workers"],
         accelerator=accelerator,
         overwrite=config["overwrite"],
     )

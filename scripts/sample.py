@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from pipelines.animation import CodeRecording, save_animation
-from pipelines.config import parse
+from pipelines.config import parse, peek
 from pipelines.pictures import check_picture, class_columns, save_grid
-from pipelines.runs import Outcome, find_run, run_script
+from pipelines.runs import Outcome, check_seed, find_run, run_script
 from pipelines.shards import Shards
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
@@ -50,7 +50,7 @@ class Options:
         batch_size: images computed at a time.
         resample: all; or local, where each row of the picture is one thing in several poses: its images share their
             codes, and only what the decoder draws of its own differs. Labels or prompts listed are then those of rows.
-        columns: images in a row of the picture.
+        columns: images in a row of the picture; default 8.
         class_grid: a column for each class (those listed, or all) with its name above; num_images is then that of each
             class, default 8.
         output: the picture.
@@ -60,7 +60,7 @@ class Options:
 
     run: str | None = None
     num_images: int | None = None
-    class_labels: list[int | str] | int | str | None = None
+    class_labels: list[str | int] | str | int | None = None
     prompts: list[str] | str | None = None
     temperature: float = 1.0
     top_k: int | None = None
@@ -71,7 +71,7 @@ class Options:
     seed: int = 0
     batch_size: int = 64
     resample: Literal["all", "local"] = "all"
-    columns: int = 8
+    columns: int | None = None
     class_grid: bool = False
     output: str = "samples.png"
     animation: str | None = None
@@ -80,8 +80,15 @@ class Options:
 
 def main() -> Outcome | None:
     config = parse(__doc__, {}, Options)
-    output, columns, names = Path(config["output"]), config["columns"], []
+    if config["prompts"] is None:
+        config["prompts"] = peek("prompts")  # the word null is a caption too
+    if config["class_grid"] and config["columns"] is not None:
+        raise ValueError("--class_grid has a column for each class; leave out --columns")
+    output, columns, names = Path(config["output"]), 8 if config["columns"] is None else config["columns"], []
     check_picture(output, columns)
+    check_seed(config["seed"])
+    if config["num_images"] is not None and config["num_images"] < 1:
+        raise ValueError(f"num_images must be at least 1, got {config['num_images']}")
     if config["animation"] is not None:
         check_picture(Path(config["animation"]), suffix=".gif")
     shards = Shards(config["device"])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from pipelines.captions import read_captions
 from pipelines.images import DataConfig, load_images
+from pipelines.runs import say_unused_captions
 from pipelines.two_stage import Pipeline
 
 ROWS = [{"file_name": f"{name}.png", "text": f"the letter {name}, 'quoted', \u00e9"} for name in "abcd"]
@@ -138,6 +140,45 @@ def test_a_split_without_captions_beside_training_images_with_some_is_refused_be
         load_images(config, "validation")
     write(tmp_path / "validation", ROWS)
     assert load_images(config, "validation").captions == TEXTS
+
+
+LAYOUTS = {
+    "another field": ({"metadata.jsonl": ("caption", "")}, r"metadata\.jsonl has no field 'text', only caption: "),
+    "above the splits": (
+        {"../metadata.jsonl": ("text", "train/")},
+        r"metadata\.jsonl is not read: .* they are read from .*/train/metadata\.jsonl, where file_name is a path below",
+    ),
+    "in the class folders": (
+        {f"{name}/metadata.jsonl": ("text", "") for name in ("cat", "dog")},
+        r"cat/metadata\.jsonl is not read: captions are not used; they are read from .*/train/metadata\.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_captions_that_are_not_used_are_no_secret(layout, tmp_path, capsys):
+    files, message = LAYOUTS[layout]
+    folder = tmp_path / "train"
+    save_images(folder, [f"{kind}/{name}" for kind in ("cat", "dog") for name in IMAGES])
+    for name, (field, prefix) in files.items():
+        path = folder / name
+        write(path.parent, [{"file_name": prefix + "a.png", field: "a letter", "width": 3}])
+    images = load_images(DataConfig(name="folder", root=str(tmp_path)), "train")
+    assert images.captions is None
+    say_unused_captions(images, images)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
+def test_of_captions_that_are_used_and_of_none_nothing_is_said(tmp_path, capsys):
+    save_images(tmp_path, IMAGES)
+    config = DataConfig(name="folder", root=str(tmp_path))
+    say_unused_captions(load_images(config, "train"), load_images(DataConfig(), "train"))
+    write(tmp_path, [{"file_name": "a.png", "width": 3}])
+    say_unused_captions(load_images(config, "train"))
+    write(tmp_path, ROWS)
+    say_unused_captions(load_images(config, "train"))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from pipelines.checkpoint import build_prior, build_tokenizer
 from pipelines.config import Polymorphic, differences, parse, peek, plain, wants_json
 from pipelines.images import DataConfig
-from pipelines.runs import Outcome, find_run, one_line, run_script, save_config, saved_data_section
+from pipelines.runs import (
+    Outcome,
+    check_writable,
+    find_run,
+    one_line,
+    run_script,
+    save_config,
+    saved_data_section,
+)
 from pipelines.training import TrainingConfig
 from pipelines.two_stage import Pipeline
 from prior import PRIORS
@@ -122,12 +130,17 @@ def test_a_section_has_the_fields_of_its_chosen_type(tmp_path, capsys):
         (["--tokenizer.latent_dim", "many"], "tokenizer.latent_dim must be an integer, got many"),
         (["--training.learning_rate", "nan"], "training.learning_rate must be a finite number, got nan"),
         (["--data.image_size", "32"], "data.image_size must be [int, int] or null, got 32"),
+        (
+            ["--training.compile_mode", "reduce_overhead"],
+            "unknown value 'reduce_overhead' for training.compile_mode; did you mean 'reduce-overhead'?",
+        ),
         (["--training.mixed_precision", "bf61"], "unknown value 'bf61' for training.mixed_precision; did you mean"),
         (["--tokenizer.image_shape", "[3, 8, 8]"], "unknown field 'tokenizer.image_shape'"),
         (["--data", "3"], "--data must hold fields and their values, got '3'"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "nowhere.yaml"], "File does not exist"),
-        (["folder"], "unknown field 'folder'"),
+        (["odd/p.png"], "'odd/p.png' belongs to no option; a list is written '[a.png, b.png]'"),
+        (["--output", "a", "b.png", "--seed", "1"], "'b.png' belongs to no option"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -172,6 +185,43 @@ def test_a_type_on_the_command_line_leaves_the_fields_of_another_in_yaml_aside(f
     config = read(f"--config={file[1]}", "--tokenizer.type=dvae", "--tokenizer.num_groups=4")
     assert (config["tokenizer"]["type"], config["tokenizer"]["num_groups"]) == ("dvae", 4)
     assert config["training"]["batch_size"] == 7
+
+
+@dataclass
+class TextOptions:
+    """Options that may be text.
+
+    Args:
+        labels: numbers or names.
+        prompts: texts.
+        columns: a number.
+        box: numbers or a name.
+    """
+
+    labels: list[str | int] | str | int | None = None
+    prompts: list[str] | str | None = None
+    columns: int | None = None
+    box: list[int] | str | None = None
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "expected"),
+    [
+        ("prompts", "#1 dad", "#1 dad"), ("prompts", "~", "~"), ("prompts", "a #b", "a #b"),
+        ("prompts", "[a, b]", ["a", "b"]), ("labels", "#a", "#a"), ("labels", "null", None), ("labels", "001", "001"),
+        ("labels", "['001', '010']", ["001", "010"]), ("labels", "[001, 010]", ["001", "010"]),
+        ("labels", "[3, 7, a]", [3, 7, "a"]), ("columns", "~", None), ("box", "[010, 8]", [8, 8]),
+    ],
+)  # fmt: skip
+def test_text_arrives_as_it_is_typed_where_yaml_reads_something_else(option, typed, expected):
+    for argv in ([f"--{option}", typed], [f"--{option}={typed}"]):
+        assert parse("", {}, TextOptions, argv)[option] == expected
+
+
+def test_a_file_may_say_none_of_what_can_be_text(tmp_path):
+    path = yaml_file(tmp_path, "prompts: null\nlabels: [001, '002']\n")
+    config = parse("", {}, TextOptions, ["--config", path])
+    assert (config["prompts"], config["labels"]) == (None, [1, "002"])
 
 
 def test_help_keeps_the_lines_of_the_description(capsys):
@@ -237,6 +287,20 @@ def test_a_pipeline_without_a_run_says_how_images_are_prepared_where_the_data_ar
         saved_data_section(tmp_path)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--data.name", "digits"])
     assert saved_data_section(tmp_path) == {"data": prepared}
+
+
+def test_where_nothing_can_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "folder" / "a.png")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file")  # is replaced
+    with pytest.raises(ValueError, match=r"x\.png cannot be written: .*file is not a folder that can be written to"):
+        check_writable(tmp_path / "file" / "x.png")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        check_writable(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a test that runs as root may write anywhere
+    with pytest.raises(ValueError, match=r"new.x\.png cannot be written"):
+        check_writable(tmp_path / "new" / "x.png")
 
 
 def test_a_recipe_by_default_holds_for_the_types_that_it_names():

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +18,7 @@ from pipelines import Pipeline, comparable, evaluate
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint
 from pipelines.classifier import Classifier, at_most, classifier_features
 from pipelines.codebook_pictures import code_vectors, position_entropy
+from pipelines.config import plain
 from pipelines.evaluation_cache import cached
 from pipelines.features import (
     FeatureNetwork,
@@ -27,14 +28,16 @@ from pipelines.features import (
     precision_recall,
     reference_of,
 )
+from pipelines.files import write_json_atomic
 from pipelines.image_quality import class_agreement, copying, nearest_images, sample_metrics
-from pipelines.images import DataConfig, load_images
+from pipelines.images import DataConfig, Split, load_images
 from pipelines.metrics import NotMeasurableError
 from pipelines.ood import NoiseImages, auroc, load_other
 from pipelines.pretrained import inception_features, lpips_network, read_weights
 from pipelines.protocol import pixels_of
 from pipelines.reconstruction import count_positions, lpips, reconstruct, ssim
 from pipelines.report import dropped, earlier_result, format_summary, record, with_earlier
+from pipelines.runs import load_images_for, save_config
 from prior.annealed_importance import LogPartition
 from tests import tiny
 from tokenizer.quantizers import QUANTIZERS
@@ -910,3 +913,78 @@ def test_the_summary_names_every_number_and_every_reason(evaluated):
     for name in result["metrics"]:
         assert name.endswith(spreads) or any(line.startswith(f"  {name} ") for line in lines), name
     assert f"  ssim: {result['not_measured']['ssim']}" in lines
+
+
+# Images of a run
+# ------------------------------------------------------------------------------------------------
+
+
+def save_folder(root, count: int = 40):
+    root.mkdir()
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:02}.png")
+    return root
+
+
+def record_run(folder, config: DataConfig, *, where: str) -> None:
+    """What training leaves of the data of a run: its configuration, and their contents in a state or in the codes."""
+    images = load_images(config, "train")
+    save_config(folder / "stage_one" / "config.yaml", {"data": plain(asdict(config))})
+    if where == "state":
+        path, written = "stage_one/state/step-00000004/state.json", {"surroundings": {"training data": images.contents}}
+    elif where == "codes":
+        path, written = "codes/train/spec.json", {"dataset": images.identity, "class_names": images.class_names}
+    else:  # of an earlier version
+        path, written = "stage_one/state/step-00000004/state.json", {}
+    (folder / path).parent.mkdir(parents=True)
+    write_json_atomic(folder / path, written)
+
+
+def add_image(root):
+    Image.new("L", (8, 8)).save(root / "aa.png")
+
+
+def remove_image(root):
+    (root / "07.png").unlink()
+
+
+def rename_image(root):
+    (root / "07.png").rename(root / "zz.png")
+
+
+@pytest.mark.parametrize("change", [add_image, remove_image, rename_image])
+@pytest.mark.parametrize("where", ["state", "codes"])
+def test_a_split_that_would_hold_training_images_is_refused(change, where, tmp_path):
+    root = save_folder(tmp_path / "pictures")
+    config = DataConfig(name="folder", root=str(root))
+    tokenizer = make(preprocessing=load_images(config, "train").preprocessing).tokenizer
+    record_run(tmp_path / "run", config, where=where)
+    held_out = {split: load_images_for(tokenizer, config, split, run=tmp_path / "run") for split in Split.__args__}
+    trained_on = {held_out["train"].source.name(index) for index in held_out["train"]._indices}
+    change(root)
+    now = load_images(config, "test")
+    assert {now.source.name(index) for index in now._indices} & trained_on  # why it is refused
+    for split in ("test", "validation"):
+        with pytest.raises(
+            ValueError, match=rf"not those that .*run was trained on: the {split} split .* --data\.root"
+        ):
+            load_images_for(tokenizer, replace(config, max_images=3), split, run=tmp_path / "run")
+    assert len(load_images_for(tokenizer, config, "train", run=tmp_path / "run")) > 0
+
+
+def test_other_images_than_a_runs_own_are_no_reason_to_refuse(tmp_path):
+    root, other = save_folder(tmp_path / "pictures"), save_folder(tmp_path / "others", 30)
+    config = DataConfig(name="folder", root=str(root))
+    tokenizer = make(preprocessing=load_images(config, "train").preprocessing).tokenizer
+    record_run(tmp_path / "run", config, where="state")
+    record_run(tmp_path / "earlier", config, where="nowhere")
+    load_images_for(tokenizer, replace(config, max_images=3), "test", run=tmp_path / "run")
+    add_image(root)
+    load_images_for(tokenizer, replace(config, root=str(other)), "test", run=tmp_path / "run")
+    load_images_for(tokenizer, config, "test", run=tmp_path / "earlier")
+    (root / "train").mkdir()
+    for path in list(root.glob("*.png")):
+        path.rename(root / "train" / path.name)
+    save_folder(root / "test", 5)
+    assert len(load_images_for(tokenizer, config, "test", run=tmp_path / "run")) == 5  # which are what they are called

@@ -471,12 +471,40 @@ def test_what_holds_no_images_may_lie_beside_the_splits(tmp_path):
     assert [len(folder(tmp_path, split=split)) for split in ("train", "validation")] == [1, 1]
 
 
-@pytest.mark.parametrize("names", [("Test", "Train"), ("testing", "training"), ("test", "val"), ("TRAIN", "valid")])
+@pytest.mark.parametrize("names", [("Test", "Train"), ("testing", "training"), ("Test", "val"), ("TRAIN", "valid")])
 def test_splits_that_would_be_taken_for_classes_are_refused(tmp_path, names):
     for name in names:
         save(tmp_path / name / "cat" / "0.png", noise(4, 4))
     with pytest.raises(ValueError, match=rf"named as splits \({names[0]}/, {names[1]}/\), .* rename the one .* train/"):
         folder(tmp_path)
+
+
+@pytest.mark.parametrize("held_out", [["test"], ["validation"], ["test", "val"]])
+def test_folders_of_held_out_images_alone_are_the_splits_that_they_are_called(tmp_path, held_out):
+    for name in held_out:
+        for number in range(3):
+            save(tmp_path / name / "cat" / f"{number}.png", noise(4, 4))
+    for split in ("train", "validation", "test"):
+        if any(name.startswith(split[:3]) for name in held_out):
+            dataset = folder(tmp_path, split=split)
+            assert (len(dataset), dataset.class_names) == (3, ["cat"])
+        else:
+            with pytest.raises(ValueError, match=rf"holds {held_out[0]}/.* alone, and no images of the {split} split"):
+                folder(tmp_path, split=split)
+
+
+def test_all_images_of_a_folder_can_be_had(classes):
+    dataset = folder(classes, split="all", validation_fraction=0.1)
+    assert (len(dataset), dataset.class_names) == (15, ["ant", "bär", "zebra"])
+    assert dataset.identity["split"] == "all"
+    save(classes / "test" / "0.png", noise(6, 8))
+    assert len(folder(classes, split="all")) == 16  # a class, as long as there are others
+    for name in ("ant", "bär", "zebra"):
+        (classes / name).rename(classes.parent / name)
+    with pytest.raises(ValueError, match="test/; name a split, or one of these folders as the root"):
+        folder(classes, split="all")
+    with pytest.raises(ValueError, match="all images are to be had of a folder only, not of digits; name a split"):
+        load_images(DataConfig(), "all")
 
 
 def test_a_single_class_may_be_called_as_a_split_is(tmp_path):
@@ -512,6 +540,21 @@ def test_single_image_trains_but_leaves_nothing_to_hold_out(tmp_path):
     assert len(folder(tmp_path)) == 1
     with pytest.raises(ValueError, match=r"validation split .* is empty"):
         folder(tmp_path, split="validation", validation_fraction=0.1)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "advice"),
+    [
+        (1, 0.1, "put images into train/ and validation/ folders; for a trial, the same ones will do"),
+        (2, 0.1, "put images into train/ and validation/ folders; for a trial, the same ones will do"),
+        (3, 0.0, "use a larger fraction"),
+    ],
+)
+def test_an_empty_validation_split_is_refused_with_what_helps(tmp_path, count, fraction, advice):
+    for number in range(count):
+        save(tmp_path / f"{number}.png", noise(4, 4))
+    with pytest.raises(ValueError, match=f"it is carved out of {count} images with .*; {advice}$"):
+        folder(tmp_path, split="validation", validation_fraction=fraction)
 
 
 def test_different_sizes_need_an_image_size(tmp_path):

@@ -7,22 +7,25 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import evaluate as evaluate_script
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines import Pipeline
+from pipelines import Pipeline, evaluation
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, load_tokenizer, save_model
-from pipelines.config import Polymorphic, parse
+from pipelines.config import Polymorphic, parse, plain
 from pipelines.drawing import one_generator_each
+from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig, load_images
 from pipelines.masks import named_mask
 from pipelines.pictures import save_grid
-from pipelines.runs import choose_device, say_skipped
+from pipelines.runs import choose_device, save_config, say_skipped
 from pipelines.training import TrainingConfig
 from prior import PRIORS
 from prior.base import CodeSpec
@@ -200,6 +203,44 @@ def test_a_class_whose_name_is_a_number_is_meant_by_it(tmp_path):
     assert json.loads(done.stdout)["log_prob"] == expected.log_prob.tolist()
 
 
+def test_labels_and_prompts_arrive_as_they_are_typed(tmp_path):
+    torch.manual_seed(0)
+    pipeline = make_pipeline("vqvae", "gpt", 3)
+    pipeline.class_names = ["001", "002", "010"]
+    pipeline.save_pretrained(tmp_path / "p")
+    done = run(tmp_path, "sample", "--run", "p", "--class_labels", "[001, 010]", "--output", "two.png")
+    assert done.returncode == 0, done.stderr[-3000:]
+    images = pipeline.sample(2, ["001", "010"], generator=torch.Generator().manual_seed(0), output_type="pt")
+    save_grid(images, tmp_path / "expected.png", columns=8)
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+    pipeline.sample(1)[0].save(tmp_path / "a.png")
+    for script, options in (("sample", ["--prompts", "#1 dad"]), ("complete", ["--prompts", "null", "--mask", "left"])):
+        options += ["--images", "a.png"] if script == "complete" else []
+        done = run(tmp_path, script, "--run", "p", *options)
+        assert "prompts are for a prior that is conditional on captions" in done.stderr
+
+
+def test_images_of_a_run_are_not_held_out_anew_where_they_have_changed(tmp_path):
+    for number in range(20):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "pictures" / f"{number:02}.png")
+    config = DataConfig(name="folder", root="pictures")
+    prepared = load_images(replace(config, root=str(tmp_path / "pictures")), "train")
+    make_pipeline("vqvae", "gpt", preprocessing=prepared.preprocessing).save_pretrained(tmp_path / "run")
+    save_config(tmp_path / "run/stage_one/config.yaml", {"data": plain(asdict(config))})
+    written = {"dataset": prepared.identity, "class_names": prepared.class_names}
+    (tmp_path / "run/codes/train").mkdir(parents=True)
+    write_json_atomic(tmp_path / "run/codes/train/spec.json", written)
+    (tmp_path / "pictures/07.png").rename(tmp_path / "pictures/zz.png")
+    for script in ("evaluate", "extract_codes"):
+        done = run(tmp_path, script, "--run", "run")
+        assert done.returncode == 1
+        assert "pictures, or their captions, are not those that run was trained on" in done.stderr
+    done = run(tmp_path, "extract_codes", "--run", "run", "--split", "all", "--cpu", "true", "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["images"] == 20
+
+
 def test_labels_that_fit_the_share_of_a_process_do_not_fit_all_images(run_folder):
     options = ["--num_images", "4", "--class_labels", "[3, 7]"]
     launcher = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
@@ -290,7 +331,17 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
         ("train_prior", [], "train a tokenizer first"),
         ("sample", ["--run", "nowhere"], "nowhere is neither a folder nor a hub id"),
         ("sample", ["--columns", "0"], "columns must be at least 1, got 0"),
+        ("sample", ["--num_images", "-1"], "num_images must be at least 1, got -1"),
+        ("sample", ["--seed", "99999999999999999999"], "seed must lie in [0, 2^63), got 99999999999999999999"),
+        ("sample", ["--class_grid", "true", "--columns", "3"], "leave out --columns"),
+        ("complete", ["--images", "x.png", "--mask", "left", "--seed", "-1"], "seed must lie in [0, 2^63), got -1"),
+        (
+            "complete",
+            ["--images", "[x.png, y.png]", "--interpolate", "4", "--batch_size", "2"],
+            "--interpolate makes no use of --batch_size; leave it out",
+        ),
         ("sample", ["--output", "x.jpg"], "name a file that ends in .png"),
+        ("sample", ["--output", "file/x.png"], "file/x.png cannot be written: "),
         ("sample", ["--animation", "x.png"], "name a file that ends in .gif"),
         ("sample", ["--guidance_schedule", "linar"], "did you mean 'linear'"),
         ("complete", ["--images", "x.png"], "give exactly one of --mask, --size and --interpolate, got none"),
@@ -305,10 +356,38 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
     ],
 )
 def test_a_users_mistake_is_one_line_and_not_a_traceback(script, arguments, message, tmp_path):
+    (tmp_path / "file").touch()
     done = run(tmp_path, script, *arguments)
     assert done.returncode in (1, 2)
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_users_mistake_is_one_line_on_two_processes_too(tmp_path):
+    launcher = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]
+    arguments = ["--data.name", "folder", "--data.root", "nowhere", "--training.cpu", "true"]
+    done = run(tmp_path, "train_tokenizer", *arguments, launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 1
+    assert done.stderr.count("is not a folder; set root") == 1
+    assert "[rank1]" not in done.stderr
+
+
+def test_an_evaluation_of_models_that_were_trained_anew_meanwhile_is_not_recorded(run_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    index = (folder / "model_index.json").read_text()
+
+    def measured_while_another_trains(pipeline, *arguments, **options):
+        result = evaluation.evaluate(pipeline, *arguments, **options)
+        prior = pipeline.prior
+        next(prior.parameters()).data.add_(1)
+        save_model(prior, folder / "prior")
+        return result
+
+    monkeypatch.setattr(evaluate_script, "evaluate", measured_while_another_trains)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(folder), "--metrics", "codebook", "--device", "cpu"])
+    with pytest.raises(ValueError, match="were trained anew while the old ones were measured"):
+        evaluate_script.main()
+    assert (folder / "model_index.json").read_text() == index
 
 
 def test_an_unusable_device_is_refused_with_those_that_can_be_used():
