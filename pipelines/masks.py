@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pipelines.image_sources import REFUSED_FORMATS
 from pipelines.preprocessing import covering_size, crop, in_eight_bits, load, naming_image, upright
 from tokenizer.base import Tokenizer
 
@@ -170,8 +171,9 @@ def named_mask(mask: str | Sequence[int], tokenizer: Tokenizer) -> Tensor | Imag
 
 
 def open_image(path: str) -> Image.Image:
-    """A picture from a file, decoded. Raises ValueError naming the file where it is none."""
+    """A picture from a file, decoded. Raises ValueError naming the file where it is none, or of a refused format."""
+    Image.init()
     with naming_image(path):
-        picture = Image.open(path)
+        picture = Image.open(path, formats=sorted(set(Image.OPEN) - set(REFUSED_FORMATS)))
         load(picture)
     return picture

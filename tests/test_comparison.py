@@ -14,14 +14,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.checkpoint import build_prior
+from pipelines import Pipeline
+from pipelines.checkpoint import build_prior, fingerprint
 from pipelines.comparison.entries import Entry, check_models, read_entries, resolve
 from pipelines.comparison.progress import Progress, duration
 from pipelines.comparison.running import IN_WORDS, Runner, members_of
 from pipelines.config import differences, read_yaml
+from pipelines.files import write_json_atomic
 from pipelines.training import TrainingConfig
 from prior.base import CodeSpec
 from tests.outline import Outline
+from tests.test_pipeline import make as make_pipeline
+from tests.test_pipeline import make_prior
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "scripts" / "configs"
@@ -452,6 +456,24 @@ def test_a_run_folder_keeps_its_evaluation_unless_the_model_is_newer(workplace):
     later = time.time() + 10
     os.utime(run / "tokenizer" / "model.safetensors", (later, later))
     assert runner.missing(member) == ["evaluation"]
+
+
+@pytest.mark.parametrize("prior", [None, "pixelcnn"])
+@pytest.mark.parametrize("seconds", [-10, 10])  # of a copy's files the times tell nothing
+def test_an_evaluation_that_names_its_weights_counts_for_these_alone(prior, seconds, tmp_path):
+    def still_missing(pipeline) -> list[str]:
+        pipeline.save_pretrained(tmp_path / "run")
+        os.utime(result, (time.time() + seconds,) * 2)
+        return runner.missing(*members_of([], [str(tmp_path / "run")], runner.output))
+
+    runner, result = Runner(tmp_path / "out", tmp_path, {}), tmp_path / "run" / "evaluation.json"
+    pipeline = make_pipeline(prior=prior)
+    measured = {"tokenizer": pipeline.tokenizer} | ({"prior": pipeline.prior} if prior else {})
+    pipeline.save_pretrained(tmp_path / "run")
+    write_json_atomic(result, {"weights": {name: fingerprint(model) for name, model in measured.items()}})
+    assert still_missing(pipeline) == []
+    assert still_missing(Pipeline(pipeline.tokenizer, make_prior("gpt", pipeline.tokenizer))) == ["evaluation"]
+    assert still_missing(make_pipeline(prior=prior)) == ["evaluation"]
 
 
 def test_folders_that_cannot_be_compared_are_refused(tmp_path):

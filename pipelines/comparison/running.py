@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.checkpoint import weights_of
 from pipelines.comparison.entries import Entry
 from pipelines.comparison.progress import Progress
 from pipelines.config import differences, read_yaml
 from pipelines.files import read_json, sha256_file, write_json_atomic
 from pipelines.runs import save_config
 from pipelines.training import FREE_TO_CHANGE
-from pipelines.two_stage import INDEX_NAME
+from pipelines.two_stage import INDEX_NAME, Pipeline
 
 # A run may go on for longer than it was first told to, but the end of its learning rate's schedule stays where it was
 FREE = tuple(name for name in FREE_TO_CHANGE if name != "training.total_steps")
@@ -78,7 +79,7 @@ class Runner:
         """Trains and evaluates, one after another; returns what failed, by name of the member.
 
         Raises:
-            ValueError: a folder holds a model of other options; nothing is trained then.
+            ValueError: a folder holds a model of other options, or a damaged one; nothing is trained then.
         """
         self.check_folders(members)
         failures: dict[str, Failure] = {}
@@ -156,9 +157,8 @@ class Runner:
         made = self._made(member, stage)
         if not made.is_file():
             return False
-        if member.entry is None:  # others may have evaluated it with more care; it counts unless the model is newer
-            weights = [member.folder / name for name in (TOKENIZER, PRIOR, INDEX_NAME)]
-            return all(made.stat().st_mtime >= path.stat().st_mtime for path in weights[:2] if path.is_file())
+        if member.entry is None:  # others may have evaluated it with more care; it counts if it is of these weights
+            return _is_of_these_weights(made, member.folder)
         record = self.record(member).get(stage)
         return record is not None and record["of"] == self._of(member, stage) and record["made"] == sha256_file(made)
 
@@ -272,6 +272,15 @@ def members_of(entries: Sequence[Entry], runs: Sequence[str], output: Path) -> l
         if names.count(member.name.lower()) > 1:
             raise ValueError(f"two of the models to compare are named '{member.name}'; rename one of the folders")
     return members
+
+
+def _is_of_these_weights(result: Path, run: Path) -> bool:
+    """Whether a result was measured of the models in a run folder. One of an earlier version only has its time."""
+    measured = read_json(result).get("weights")
+    if measured is None:
+        weights = [run / name for name in (TOKENIZER, PRIOR)]
+        return all(result.stat().st_mtime >= path.stat().st_mtime for path in weights if path.is_file())
+    return measured == weights_of(Pipeline.from_pretrained(run))
 
 
 def _as_argument(value) -> str:
