@@ -456,8 +456,8 @@ def _within(folder: Path, subfolder: str) -> Path:
 # ------------------------------------------------------------------------------------------------
 
 
-def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], info: dict, keep: int = 2) -> Path:
-    """Writes `folder/step-XXXXXXXX` atomically, then removes all but it and the `keep` - 1 before it.
+def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], info: dict) -> Path:
+    """Writes `folder/step-XXXXXXXX` atomically, then removes all but it and the one before it.
 
     Args:
         tensors: file name -> named tensors.
@@ -475,7 +475,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], i
             _save_tensors(group, temporary / f"{name}.safetensors")
         write_json_atomic(temporary / "state.json", {"step": step, **info})
     # Later ones are damaged, or training would have continued from them; they must not count as kept
-    for old in [state for state in _states(folder) if _step(state) < step][keep - 1 :]:
+    for old in [state for state in _states(folder) if _step(state) < step][1:]:
         shutil.rmtree(old)
     return final
 

@@ -49,7 +49,7 @@ from pipelines.images import ImageDataset, Key, contents_of
 from pipelines.memory import naming_memory
 from pipelines.seeding import own_randomness
 from pipelines.text import TextTokenizer
-from prior.base import Codes, CodeSpec
+from prior.base import Codes, CodeSpec, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -326,13 +326,9 @@ def _encode(
     is a function of the first row.
     """
     for rows, batch in batches:
-        training = tokenizer.training
-        tokenizer.eval()
-        try:
-            with torch.inference_mode(), own_randomness(derived_seed(0, "codes", rows[0]), device):
-                codes = tokenizer.encode(batch["image"].to(device), sample=tokenizer.is_stochastic)
-        finally:
-            tokenizer.train(training)
+        seed = derived_seed(0, "codes", rows[0])
+        with evaluating(tokenizer), torch.inference_mode(), own_randomness(seed, device):
+            codes = tokenizer.encode(batch["image"].to(device), sample=tokenizer.is_stochastic)
         yield tuple(code.cpu() for code in codes), batch["label"]
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,8 @@ from pipelines.protocol import pixels_of, versions
 from pipelines.reconstruction import SSIM_WINDOW, Reconstructions, reconstruct
 from tokenizer.registry import nearest_known
 
-GROUPS = ("likelihood", "reconstruction", "codebook", "samples", "memorisation", "local")
+Group = Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation", "local"]
+GROUPS = get_args(Group)
 # Of these, what compares with the images that the model was trained on
 NEED_TRAINING_IMAGES = ("reconstruction", "samples", "memorisation", "local")
 ENCODED = "mode of q(codes | image)"

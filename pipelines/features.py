@@ -127,8 +127,6 @@ def fidelity(module: str):
     """A module of torch-fidelity, which takes seconds to import."""
     import importlib
 
-    import prior  # noqa: F401  its guard lets torchvision import where the operators of its wheel do not load
-
     try:
         return importlib.import_module(f"torch_fidelity.{module}")
     except ImportError as error:

@@ -333,9 +333,7 @@ class TorchvisionSource(Source):
 
 
 def _torchvision_class(name: str) -> type:
-    import prior  # noqa: F401  its guard lets torchvision import where the operators of its wheel do not load
-
-    from torchvision import datasets  # isort: skip
+    from torchvision import datasets
 
     if name in datasets.__all__:
         return getattr(datasets, name)

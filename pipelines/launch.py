@@ -61,8 +61,8 @@ def check_tracker(name: str) -> None:
 
 
 def cpu_computes_bf16() -> bool:
-    flags = Path("/proc/cpuinfo")
-    return not flags.exists() or any(unit in flags.read_text() for unit in ("avx512_bf16", "amx_bf16"))
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # nothing where torch is too old to tell
+    return not found or any(found.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))  # the last is ARM's
 
 
 def end_with_the_launcher() -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from pipelines.files import atomic_file
 from pipelines.runs import check_writable
-from prior.base import Prior
+from prior.base import Prior, evaluating
 from tokenizer.base import Tokenizer
 
 SMALLEST_SIDE = 64  # smaller images are enlarged by whole factors, so that a person sees the pixels
@@ -95,10 +95,8 @@ def save_reconstructions(tokenizer: Tokenizer, images: Dataset, path: Path, *, n
     count = min(num_images, len(images)) // columns * columns  # whole rows: each original above its reconstruction
     indices = torch.linspace(0, len(images) - 1, count).long().tolist()
     originals = images.collate(images.__getitems__(indices))["image"].to(device)
-    training = tokenizer.training
-    tokenizer.eval()
-    reconstructions = tokenizer.decode(tokenizer.encode(originals))
-    tokenizer.train(training)
+    with evaluating(tokenizer):
+        reconstructions = tokenizer.decode(tokenizer.encode(originals))
     return save_grid(side_by_side(originals, reconstructions, columns), path, columns=columns)
 
 

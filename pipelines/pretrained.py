@@ -74,8 +74,6 @@ def lpips_network(weights: str, *, device: torch.device) -> tuple[nn.Module, dic
     Raises:
         ValueError, NotMeasurableError: as `inception_features`, for torchmetrics.
     """
-    import prior  # noqa: F401  its guard lets torchvision import where the operators of its wheel do not load
-
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
     except ImportError as error:

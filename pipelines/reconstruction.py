@@ -109,8 +109,6 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
         raise NotMeasurableError(
             f"SSIM compares windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels, these images have a side of {side}"
         )
-    import prior  # noqa: F401  its guard lets torchvision import where the operators of its wheel do not load
-
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:

@@ -117,7 +117,7 @@ def _last_trained(folder: Path, containing: str) -> float:
     return max(path.stat().st_mtime for path in weights or [folder / containing])
 
 
-def find_codes(run: str | None, runs: Path = RUNS) -> Path:
+def find_codes(run: str | None) -> Path:
     """The run folder named, or the newest one, that has codes; see `find_run`.
 
     Raises:
@@ -125,7 +125,7 @@ def find_codes(run: str | None, runs: Path = RUNS) -> Path:
     """
     if run is not None and not (Path(run) / CODES).exists() and (Path(run) / "tokenizer").is_dir():
         load_tokenizer(Path(run) / "tokenizer").spec.check_discrete("stage two")
-    return find_run(run, CODES, runs)
+    return find_run(run, CODES)
 
 
 def choose_device(name: str | None) -> torch.device:

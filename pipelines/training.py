@@ -63,7 +63,8 @@ class TrainingConfig:
         total_steps: optimizer steps in all.
         batch_size: images per optimizer step, over all processes and accumulated micro-batches: the same number
             means the same training on one device and on eight.
-        gradient_accumulation_steps: micro-batches that one step is made of.
+        gradient_accumulation_steps: micro-batches that one step is made of. Batch norm (in networks mlp) and LFQ's
+            entropy see one at a time; all else trains as with one batch.
         learning_rate: peak learning rate of AdamW.
         weight_decay: decoupled weight decay.
         adam_beta1: decay of the first moment.
@@ -848,7 +849,7 @@ def _naming_memory(config: TrainingConfig) -> AbstractContextManager[None]:
     return naming_memory(
         f"with batches of {config.batch_size} in {config.gradient_accumulation_steps} micro-batches; "
         f"set training.gradient_accumulation_steps {2 * config.gradient_accumulation_steps} (with another --output "
-        "if this run has a state), which trains alike in less memory, or a smaller model"
+        "if this run has a state), which trains alike, but for batch norm, in less memory; or take a smaller model"
     )
 
 

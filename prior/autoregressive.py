@@ -150,8 +150,8 @@ class AutoregressivePrior(Prior):
             sequence, arrived = torch.where(known, fixed, sequence), arrived | known
         return self.spec.unflatten(sequence), self.spec.unflatten(arrived)
 
-    def _check_options(self, options, given) -> None:
-        super()._check_options(options, given)
+    def _check_options(self, options) -> None:
+        super()._check_options(options)
         if options.guided and self.config.class_dropout == 0:
             raise ValueError(
                 f"guidance_scale = {options.guidance_scale} needs a prior that also learned to do without labels "

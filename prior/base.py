@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
@@ -167,6 +168,18 @@ class PriorConfig:
             )
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each part's own again: not training for all of them, where some are frozen."""
+    in_training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in in_training:
+            part.training = True
+
+
 def silent(done: int, total: int) -> None:
     """The `callback` of a caller who gave none."""
 
@@ -325,7 +338,7 @@ class Prior(nn.Module, ABC):
         extras = {"given": given is not None, "codes_callback": codes_callback is not None,
                   "return_log_prob": return_log_prob}  # fmt: skip
         self._check_supported(options.names_set() | {name for name, asked in extras.items() if asked})
-        self._check_options(options, given)
+        self._check_options(options)
         self.check_labels(labels, num_samples)
         device = next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
         if labels is not None:
@@ -334,16 +347,11 @@ class Prior(nn.Module, ABC):
             given = self._check_given(given, num_samples, device)
         noise = ImageNoise(num_samples, generator, device)
         arguments = (num_samples, labels, options, noise, given, callback or silent)
-        in_training = [module for module in self.modules() if module.training]  # not all of them, where some are frozen
-        self.eval()
-        try:
+        with evaluating(self):
             if not return_log_prob and codes_callback is None:
                 return self._sample(*arguments)
             sampled = self._sample_by_steps(*arguments, codes_callback)
             return sampled if return_log_prob else sampled.codes
-        finally:
-            for module in in_training:
-                module.training = True
 
     @abstractmethod
     def _sample(
@@ -417,7 +425,7 @@ class Prior(nn.Module, ABC):
                 f"it supports {', '.join(sorted(self.sampling_options)) or 'no sampling options'}"
             )
 
-    def _check_options(self, options: SamplingOptions, given) -> None:
+    def _check_options(self, options: SamplingOptions) -> None:
         if options.guidance_scale != 1.0 and self.num_classes == 0 and not self.conditional_on_text:
             raise ValueError(
                 f"guidance_scale = {options.guidance_scale} needs a prior that is conditional on classes or captions; "

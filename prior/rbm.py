@@ -317,8 +317,8 @@ class RBM(BitPrior):
                 callback(sweep + 1, self.burn_in)
         return bits_to_codes(self.spec, torch.cat([left, right], dim=1))
 
-    def _check_options(self, options, given) -> None:
-        super()._check_options(options, given)
+    def _check_options(self, options) -> None:
+        super()._check_options(options)
         if options.temperature == 0:
             raise ValueError(
                 "RBM cannot honour temperature 0: chains do not find the most probable codes; give one above 0, "

@@ -70,7 +70,7 @@ class Uniform(Prior):
             log_probs = tuple(part.masked_fill(known, 0.0) for part, known in zip(log_probs, given[1]))
         return Sampled(codes, self.spec.flatten(log_probs).sum(dim=1))
 
-    def _check_options(self, options, given) -> None:
-        super()._check_options(options, given)
+    def _check_options(self, options) -> None:
+        super()._check_options(options)
         if options.temperature == 0:
             raise ValueError("Uniform cannot honour temperature 0: no code is the most probable; give one above 0")

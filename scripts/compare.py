@@ -14,19 +14,20 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pipelines.comparison.entries import check_models, read_entries, resolve
-from pipelines.comparison.findings import check_comparable, check_to_come, collect
+from pipelines.comparison.findings import check_to_come, collect
 from pipelines.comparison.grids import Grids, draw_all
 from pipelines.comparison.page import write_page
 from pipelines.comparison.progress import Progress
 from pipelines.comparison.report import as_json, terminal_table
 from pipelines.comparison.running import IN_WORDS, RESULT, Runner, members_of
 from pipelines.config import parse, peek
+from pipelines.evaluation import Group
 from pipelines.files import folder_lock, read_json, write_json_atomic
 from pipelines.images import DataConfig, load_images
 from pipelines.images import Split as ImageSplit
+from pipelines.protocol import comparable
 from pipelines.runs import RUNS, Outcome, choose_device, refuse_several_processes, run_script
 from pipelines.training import TrainingConfig
 
@@ -61,7 +62,7 @@ class Options:
     output: str | None = None
     title: str | None = None
     split: ImageSplit = "test"
-    metrics: list[Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation", "local"]] | None = None
+    metrics: list[Group] | None = None
     num_draws: int = 1
     num_samples: int = 1000
     inception_weights: str | None = None
@@ -93,7 +94,7 @@ def main() -> Outcome:
         data_source={f"data.{name}": value for name, value in source.items()},
     )
     results = {m.name: read_json(m.folder / RESULT) for m in members if not m.entry and not runner.missing(m)}
-    check_comparable(results)
+    comparable(results)
     if models:
         check_models(models)
     if results and len(results) < len(members):

@@ -15,11 +15,10 @@ classifier that is trained on the data set itself, and called fid_classifier.
 import shlex
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 from pipelines.checkpoint import weights_of
 from pipelines.config import parse, peek
-from pipelines.evaluation import NEED_TRAINING_IMAGES, evaluate
+from pipelines.evaluation import NEED_TRAINING_IMAGES, Group, evaluate
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
@@ -35,8 +34,6 @@ from pipelines.runs import (
     saved_data_section,
 )
 from pipelines.two_stage import INDEX_NAME, Pipeline
-
-Group = Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation", "local"]
 
 
 @dataclass

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.binary_vae import BinaryVAE, BinaryVAEConfig, Posterior, log_bernoulli
+from tokenizer.distributed import is_distributed
 from tokenizer.latent_networks import Decoded
 from tokenizer.latent_vae import importance_weighted, local_rate
 
@@ -91,7 +92,7 @@ class REINFORCE(ScoreFunctionVAE):
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if is_distributed():
             torch.distributed.all_reduce(pending)
         mean, mean_square = pending[:2] / pending[2]  # micro-batches are equally large
         variance = (mean_square - mean.square()).clamp(min=0)

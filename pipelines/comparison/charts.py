@@ -37,11 +37,11 @@ class Series:
     points: Sequence[tuple[float, float]]
 
 
-def css_variables(indent: str = "") -> str:
+def css_variables() -> str:
     """The colours, for light and dark."""
     colours = {f"s{number}": pair for number, pair in enumerate(PALETTE)} | INK
     light, dark = ("".join(f"--{name}:{pair[which]};" for name, pair in colours.items()) for which in (0, 1))
-    return f"{indent}:root{{{light}}}\n{indent}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+    return f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
 
 
 CHART_CSS = (
@@ -64,7 +64,7 @@ def as_file(svg: str) -> str:
 
 def curves(series: Sequence[Series], *, x_label: str, y_label: str, description: str) -> str:
     """Lines through points, in order of x."""
-    axes = _Axes([point for one in series for point in one.points], x_from_zero=True)
+    axes = _Axes([point for one in series for point in one.points], y_from_zero=False)
     parts = []
     for one in series:
         at = [axes.place(x, y) for x, y in one.points]
@@ -82,7 +82,7 @@ def scatter(series: Sequence[Series], *, x_label: str, y_label: str, description
     Args:
         sum_label: what x plus y is, before the value of each line; "" leaves these lines out.
     """
-    axes = _Axes([point for one in series for point in one.points], x_from_zero=True, y_from_zero=True)
+    axes = _Axes([point for one in series for point in one.points], y_from_zero=True)
     places = [axes.place(*point) for one in series for point in one.points]
     taken = [_box_of_mark(x, y) for x, y in places]
     # from above to below: the right side, which is tried first, is then free for most
@@ -96,9 +96,9 @@ def scatter(series: Sequence[Series], *, x_label: str, y_label: str, description
 class _Axes:
     """Where values lie in the picture, and round numbers to write at the axes."""
 
-    def __init__(self, points: Sequence[tuple[float, float]], *, x_from_zero: bool = False, y_from_zero: bool = False):
+    def __init__(self, points: Sequence[tuple[float, float]], *, y_from_zero: bool):
         xs, ys = zip(*points)
-        self.x_ticks, self.y_ticks = ticks(xs, x_from_zero), ticks(ys, y_from_zero)
+        self.x_ticks, self.y_ticks = ticks(xs, from_zero=True), ticks(ys, y_from_zero)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x_ticks[0]) / (self.x_ticks[-1] - self.x_ticks[0])

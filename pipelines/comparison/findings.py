@@ -68,7 +68,7 @@ COLUMNS = (
     Column("stage_two_steps", "stage two", "steps", None, 0, "Optimizer steps of the prior."),
     Column("stage_two_seconds", "stage two", "s", None, 0, "Seconds of its training alone, on this machine."),
 )  # fmt: skip
-# Of codebooks with several levels: (mean, what it is called without a level)
+# How one number is made of those of several levels
 LEVELS = {
     "codebook_usage": lambda values: sum(values) / len(values),
     "perplexity": lambda values: math.exp(sum(map(math.log, values)) / len(values)),
@@ -115,7 +115,7 @@ def collect(members: Sequence[Member], failures: dict[str, Failure]) -> Findings
     """
     present = [member for member in members if member.name not in failures]
     results = {member.name: read_json(member.folder / RESULT) for member in present}
-    check_comparable(results)
+    comparable(results)
     rows = []
     for member in present:
         row = dict(results[member.name]["metrics"])
@@ -133,16 +133,10 @@ def collect(members: Sequence[Member], failures: dict[str, Failure]) -> Findings
     return findings
 
 
-def check_comparable(results: dict[str, dict]) -> None:
-    """Raises ValueError where two results may not stand in one table."""
-    if results:
-        comparable(results)
-
-
 def check_to_come(results: dict[str, dict], evaluation: dict, images=None) -> None:
     """Raises ValueError where results may not stand in one table with those that are yet to be measured.
 
-    Only what is known of their protocols before any training is looked at, `check_comparable` sees the rest.
+    Only what is known of their protocols before any training is looked at, `comparable` sees the rest.
 
     Args:
         results: of run folders, by name.

@@ -110,9 +110,7 @@ def vector_quantize_pytorch(problem: Problem, cosine: bool) -> Callable:
 
 
 def diffusers(problem: Problem) -> Callable:
-    import prior  # noqa: F401  its guard, without which a torchvision of another build cannot be imported
-
-    from diffusers.models.autoencoders.vae import VectorQuantizer  # isort: skip
+    from diffusers.models.autoencoders.vae import VectorQuantizer
 
     quantizer = VectorQuantizer(*problem.size, beta=0.25, legacy=False)
     quantizer.embedding.weight.data.copy_(problem.codebook)

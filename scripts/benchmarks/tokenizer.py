@@ -54,9 +54,7 @@ def rosinality(batch: int, side: int, folder: str) -> Callable:
 
 
 def diffusers(batch: int, side: int) -> Callable:
-    import prior  # noqa: F401  its guard, without which a torchvision of another build cannot be imported
-
-    from diffusers import VQModel  # isort: skip
+    from diffusers import VQModel
 
     model = VQModel(
         block_out_channels=(64, 128),

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from prior.base import Codes
+from tokenizer.distributed import is_distributed
 from tokenizer.quantizers.base import Quantizer, check_finite
 from tokenizer.quantizers.nearest import Search, nearest
 
@@ -163,11 +164,6 @@ def _map_shape(h: Tensor) -> tuple[int, int, int]:
 
 def _forget_initialized(module: CodebookQuantizer, incompatible_keys) -> None:
     module._known_initialized = False
-
-
-def is_distributed() -> bool:
-    """Whether there are other processes to agree with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()

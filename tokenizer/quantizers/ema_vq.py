@@ -7,8 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenizer.distributed import is_distributed
 from tokenizer.quantizers.base import Quantized
-from tokenizer.quantizers.codebook import CodebookQuantizer, Init, Statistics, is_distributed
+from tokenizer.quantizers.codebook import CodebookQuantizer, Init, Statistics
 
 
 class EMAVQ(CodebookQuantizer):

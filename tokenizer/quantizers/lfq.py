@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 from prior.base import Codes
+from tokenizer.distributed import is_distributed
 from tokenizer.quantizers.base import Quantized, Quantizer, check_finite, straight_through
-from tokenizer.quantizers.codebook import is_distributed
 
 # Bits whose joint distribution is formed: 2^18 numbers, and the largest vocabulary of the paper.
 JOINT_BITS = 18
