@@ -82,7 +82,7 @@ def main() -> Outcome | None:
     config = parse(__doc__, {}, Options)
     if config["prompts"] is None:
         config["prompts"] = peek("prompts")  # the word null is a caption too
-    if config["class_grid"] and config["columns"] is not None:
+    if config["class_grid"] and config["columns"] is not None and config["resample"] == "all":
         raise ValueError("--class_grid has a column for each class; leave out --columns")
     output, columns, names = Path(config["output"]), 8 if config["columns"] is None else config["columns"], []
     check_picture(output, columns)
