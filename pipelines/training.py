@@ -418,9 +418,9 @@ class _Run:
                 update.module.train()
                 with accelerator.autocast():
                     losses = update.module(batch, step)
-                # A generator's loss leaves nothing with the critic that it went through
-                own = [parameter for parameter in update.module.parameters() if parameter.requires_grad]
-                only = {"inputs": own} if len(self.updates) > 1 else {}
+                only = {}
+                if len(self.updates) > 1:  # a generator's loss leaves nothing with the critic that it went through
+                    only["inputs"] = [p for p in update.module.parameters() if p.requires_grad]
                 accelerator.backward(sum(losses.values()), **only)
                 logged |= {f"{update.name}/{k}" if len(self.updates) > 1 else k: v.detach() for k, v in losses.items()}
                 if accelerator.sync_gradients:
@@ -691,13 +691,17 @@ class _LossWindow:
         self.num_micro_batches = 0
         self.started = time.monotonic()
 
-    def state(self) -> dict[str, tuple[float, int]]:
-        """{name: (sum, number of values)} since the last log line, with the mean over processes of the sums."""
-        means = {name: self.accelerator.reduce(total, "mean").item() for name, total in self.sums.items()}
-        return {name: (mean, self.counts[name]) for name, mean in means.items()}
+    def state(self) -> dict[str, tuple[str, int]]:
+        """{name: (sum, number of values)} since the last log line, with the mean over processes of the sums.
 
-    def load_state(self, state: dict[str, tuple[float, int]]) -> None:
-        self.sums = {name: torch.tensor(total, device=self.accelerator.device) for name, (total, _) in state.items()}
+        As text, since JSON has no infinite numbers, which gradients are where fp16 leaves out a step.
+        """
+        means = {name: self.accelerator.reduce(total, "mean").item() for name, total in self.sums.items()}
+        return {name: (str(mean), self.counts[name]) for name, mean in means.items()}
+
+    def load_state(self, state: dict[str, tuple[str, int]]) -> None:
+        device = self.accelerator.device
+        self.sums = {name: torch.tensor(float(total), device=device) for name, (total, _) in state.items()}
         self.counts = {name: count for name, (_, count) in state.items()}
 
     def add(self, values: dict[str, Tensor]) -> None:

@@ -589,7 +589,7 @@ def as_fp16(accelerator):
 def test_fp16_leaves_out_steps_that_overflow_and_continues_exactly(tmp_path, monkeypatch):
     start = make_accelerator
     monkeypatch.setattr("tests.test_training.make_accelerator", lambda *a: as_fp16(start(*a)))
-    config = replace(CONFIG, total_steps=30, eval_every=10, save_every=10)
+    config = replace(CONFIG, total_steps=30, eval_every=10, save_every=5, log_every=7)
     train("vqvae-ema_vq", tmp_path / "whole", config)
     state = read_json(tmp_path / "whole" / "state" / "step-00000030" / "state.json")
     assert 0 < state["scaler"]["scale"] < 2.0**24
