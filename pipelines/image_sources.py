@@ -102,13 +102,14 @@ class DigitsSource(Source):
         return Image.fromarray(self.pixels[index]), int(self.labels[index])
 
 
-def _formats() -> list[str]:
+def readable_formats() -> list[str]:
+    """Pillow's, without those that are refused."""
     Image.init()
     return sorted(set(Image.OPEN) - set(REFUSED_FORMATS))
 
 
 def _extensions() -> set[str]:
-    formats = _formats()
+    formats = readable_formats()
     return {extension for extension, name in Image.registered_extensions().items() if name in formats}
 
 
@@ -136,7 +137,7 @@ class FolderSource(Source):
         if (root / "train").is_dir() and self.folder != root / "train":
             self._use_classes(_class_folders(root / "train"))
             self._check_captions(root / "train")
-        self.formats = _formats()
+        self.formats = readable_formats()
         self.probe_count = len(self)
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pipelines.image_sources import REFUSED_FORMATS
+from pipelines.image_sources import readable_formats
 from pipelines.preprocessing import covering_size, crop, in_eight_bits, load, naming_image, upright
 from tokenizer.base import Tokenizer
 
@@ -172,8 +172,7 @@ def named_mask(mask: str | Sequence[int], tokenizer: Tokenizer) -> Tensor | Imag
 
 def open_image(path: str) -> Image.Image:
     """A picture from a file, decoded. Raises ValueError naming the file where it is none, or of a refused format."""
-    Image.init()
     with naming_image(path):
-        picture = Image.open(path, formats=sorted(set(Image.OPEN) - set(REFUSED_FORMATS)))
+        picture = Image.open(path, formats=readable_formats())
         load(picture)
     return picture

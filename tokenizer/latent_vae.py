@@ -222,9 +222,6 @@ class LatentVAE(Tokenizer):
     def initialize(self, images: Tensor) -> None:
         self.mean_image.copy_(images.mean(dim=0))
 
-    def after_step(self) -> None:
-        self.network.after_step()
-
     def kl_weight(self, step: int | None) -> float:
         """Linear warm-up (Bowman et al. 2016, arXiv:1511.06349); 1 without a step."""
         if step is None or self.config.kl_warmup_steps == 0:

@@ -61,9 +61,6 @@ class LatentNetwork(nn.Module, ABC):
         takes their means.
         """
 
-    def after_step(self) -> None:
-        """To be called after each optimizer step."""
-
     def decayed_weights(self) -> list[nn.Parameter]:
         """Kernels and gains of normalisations: what weight decay applies to."""
         gains = [m.weight for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
