@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
 from pipelines.image_sources import DigitsSource, FolderSource, Probe, Source, TorchvisionSource
@@ -41,6 +41,7 @@ from pipelines.scenes import ScenesSource
 Split = Literal["train", "validation", "test"]
 Key = int | tuple[int, int]
 
+NUM_THREADS = 8  # that read and decode files, on as many cores
 TEST_FRACTION = 0.1  # of data without a test split; fixed, so that test results do not depend on the configuration
 
 
@@ -258,7 +259,7 @@ class ImageDataset(Dataset):
 
         quiet = len(indices) < 2000 or os.environ.get("LOCAL_RANK", "0") != "0"
         with (
-            ThreadPoolExecutor(min(8, num_usable_cores())) as pool,
+            ThreadPoolExecutor(min(NUM_THREADS, num_usable_cores())) as pool,
             tqdm(total=len(indices), desc=description, unit="image", disable=True if quiet else None) as progress,
         ):
             run = pool.map if self.source.thread_safe else map
@@ -317,7 +318,7 @@ class ImageDataset(Dataset):
         # any other draw is made image by image in either view
         drawn = self.config.binarize == "stochastic" or (self._augments and any(epoch is not None for _, epoch in keys))
         if self._cache is None or drawn:
-            pixels, labels = zip(*(self._view(index, epoch) for index, epoch in keys))
+            pixels, labels = zip(*self._views(keys))
             return {"image": to_float(np.stack(pixels)), "label": torch.tensor(labels)}
         rows = torch.tensor([index for index, _ in keys])
         return {"image": to_float(self._cache.index_select(0, rows)), "label": self._labels.index_select(0, rows)}
@@ -344,10 +345,26 @@ class ImageDataset(Dataset):
             return batch
         return {name: torch.stack([item[name] for item in batch]) for name in ("image", "label")}
 
-    def _view(self, index: int, epoch: int | None) -> tuple[np.ndarray, int]:
+    def _views(self, keys: list[tuple[int, int | None]]) -> list[tuple[np.ndarray, int]]:
+        """The view of each key; files are read and decoded by threads, unless a loader's processes do that already."""
+        if self._cache is not None or not self.source.thread_safe or get_worker_info() is not None:
+            return [self._view(index, epoch) for index, epoch in keys]
+
+        def view(key: tuple[int, int | None]) -> tuple[np.ndarray, int]:
+            return self._view(*key, AugmentationStream(self.config.augmentation_seed))
+
+        # A pool for each batch costs nothing beside decoding it, and none is left for a fork to break
+        with ThreadPoolExecutor(min(NUM_THREADS, num_usable_cores(), len(keys))) as pool:
+            return list(pool.map(view, keys))
+
+    def _view(
+        self, index: int, epoch: int | None, stream: "AugmentationStream | None" = None
+    ) -> tuple[np.ndarray, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a data set of {len(self)}")
-        return self._deterministic(index) if epoch is None else self._augmented(index, epoch)
+        if epoch is None:
+            return self._deterministic(index)
+        return self._augmented(index, (stream or self._stream).at(epoch, index))
 
     def _pixels(self, index: int) -> tuple[np.ndarray, int]:
         if self._cache is None:
@@ -358,8 +375,8 @@ class ImageDataset(Dataset):
         pixels, label = self._pixels(index)
         return binarize(pixels, self.preprocessing) if self.config.binarize == "stochastic" else pixels, label
 
-    def _augmented(self, index: int, epoch: int) -> tuple[np.ndarray, int]:
-        config, generator = self.config, self._stream.at(epoch, index)
+    def _augmented(self, index: int, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+        config = self.config
 
         def anywhere(slack: int) -> int:
             return int(generator.integers(slack + 1))

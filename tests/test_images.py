@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import struct
+import threading
 import time
 import zlib
 
@@ -14,6 +15,7 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from pipelines import images
 from pipelines.images import AugmentationStream, DataConfig, load_images
 from pipelines.preprocessing import BadImageError, preprocess_image
 
@@ -118,6 +120,28 @@ def test_a_training_batch_is_its_items(options, cache_bytes):
     assert torch.equal(batch["image"], expected["image"])
     assert torch.equal(batch["label"], expected["label"])
     assert batch["image"].dtype == torch.float32
+
+
+def test_files_of_a_batch_are_decoded_at_the_same_time_except_in_a_loaders_processes(classes, monkeypatch):
+    dataset = folder(classes, cache_bytes=0, **AUGMENTED)
+    keys = [(row, epoch) for row in range(4) for epoch in range(2)]
+    expected = dataset.collate([dataset[key] for key in keys])["image"]
+    both, read = threading.Barrier(2, timeout=20), dataset.source.read
+
+    def read_with_another(index):
+        both.wait()
+        return read(index)
+
+    monkeypatch.setattr(images, "num_usable_cores", lambda: 2)
+    monkeypatch.setattr(dataset.source, "read", read_with_another)
+    assert torch.equal(dataset.__getitems__(keys)["image"], expected)
+    with monkeypatch.context() as context:
+        context.setattr(images, "get_worker_info", lambda: object())
+        both.abort()  # who waits here for another thread fails
+        with pytest.raises(threading.BrokenBarrierError):
+            dataset.__getitems__(keys)
+        context.setattr(dataset.source, "read", read)
+        assert torch.equal(dataset.__getitems__(keys)["image"], expected)
 
 
 @pytest.mark.parametrize("options", [{"crop_padding": 2}, {"horizontal_flip": True}, {"binarize": "stochastic"}])
