@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 
 class StepBatches:
@@ -77,3 +78,11 @@ class StepBatches:
 def derived_seed(*parts) -> int:
     """A seed that is a function of all its parts, and unrelated for neighbouring ones."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+def to_device(batch, device: torch.device):
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return tuple(to_device(value, device) for value in batch)

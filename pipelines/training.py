@@ -15,127 +15,39 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pipelines.batches import StepBatches, derived_seed
+from pipelines.batches import StepBatches, derived_seed, to_device
 from pipelines.checkpoint import has_states, load_state, newest_state, save_state
 from pipelines.config import differences, flatten, read_yaml
 from pipelines.ema import EMA
-from pipelines.files import atomic_file, folder_lock, naming, read_json, write_json_atomic
+from pipelines.files import folder_lock, naming, read_json, write_json_atomic
 from pipelines.launch import StopRequest, ignore_stop_signals
 from pipelines.memory import naming_memory
 from pipelines.objectives import Objective
-
-# Fields that may change between a run and its continuation without making it another run.
-FREE_TO_CHANGE = (
-    "training.total_steps", "training.num_workers", "training.log_every", "training.eval_every", "training.save_every",
-    "training.tracker", "training.cpu", "training.allow_process_count_change", "training.compile",
-    "training.compile_mode",
-    "data.root", "data.download", "data.cache_bytes", "output",
-)  # fmt: skip
-
+from pipelines.training_config import FREE_TO_CHANGE, TrainingConfig
+from pipelines.training_log import LossWindow, brief, drop_log_after, last_evaluation
+from pipelines.training_states import (
+    get_optimizer,
+    get_weights,
+    make_shardable,
+    own_buffers,
+    set_learning_rates,
+    set_optimizer,
+    set_weights,
+)
+from pipelines.validation import validate
 
 # Codebooks start from one pass without gradients over this many images at most
 LARGEST_INITIAL_BATCH = 256
 # Under fp16 a scale that is too large costs a few steps; so many in a row are not the scale's doing
 MOST_SKIPPED_STEPS = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How a model is trained.
-
-    Args:
-        total_steps: optimizer steps in all.
-        batch_size: images per optimizer step, over all processes and accumulated micro-batches: the same number
-            means the same training on one device and on eight.
-        gradient_accumulation_steps: micro-batches that one step is made of. Batch norm (in networks mlp) and LFQ's
-            entropy see one at a time; all else trains as with one batch.
-        learning_rate: peak learning rate of AdamW.
-        weight_decay: decoupled weight decay.
-        adam_beta1: decay of the first moment.
-        adam_beta2: decay of the second moment.
-        adam_eps: added to the root of the second moment.
-        lr_schedule: shape of the learning rate after the warm-up.
-        warmup_steps: steps over which the learning rate rises linearly from 0.
-        max_grad_norm: gradients are clipped to this norm; 0 turns it off.
-        ema_decay: decay of the running average of the weights, which is what is evaluated and saved; 0 turns it off.
-        mixed_precision: "no", "fp16" or "bf16"; none takes what accelerate was launched with.
-        compile: compile the model with torch.compile, which needs a C++ compiler.
-        compile_mode: torch.compile's own; reduce-overhead replays small models from CUDA graphs.
-        seed: seed of weights, data order and noise.
-        num_workers: processes that load data beside each training process.
-        log_every: steps between lines of the log.
-        eval_every: steps between evaluations on the validation data, with pictures.
-        save_every: steps between saved states.
-        tracker: "tensorboard", any other tracker that accelerate knows, or "none"; log.jsonl is always written.
-        cpu: train on the CPU even where there is an accelerator.
-        allow_process_count_change: let a run continue on another number of processes; its noise then differs.
-    """
-
-    total_steps: int = 2000
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    lr_schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup_steps: int = 100
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    compile: bool = False
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    seed: int = 0
-    num_workers: int = 0
-    log_every: int = 50
-    eval_every: int = 500
-    save_every: int = 500
-    tracker: str = "tensorboard"
-    cpu: bool = False
-    allow_process_count_change: bool = False
-
-    def __post_init__(self):
-        for name in (
-            "total_steps",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "log_every",
-            "eval_every",
-            "save_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"training.{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"training.seed must lie in [0, 2^63), got {self.seed}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if not self.adam_eps > 0:
-            raise ValueError(f"training.adam_eps must be above 0, got {self.adam_eps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"training.learning_rate must be above 0, got {self.learning_rate}")
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -268,7 +180,7 @@ class _Run:
             )
         self.batches = self._step_batches(0)  # fails now, not after the model is prepared
         self._prepare()
-        self.window = _LossWindow(accelerator)
+        self.window = LossWindow(accelerator)
         self._resume()
 
     def train(self, stop: StopRequest) -> FitResult:
@@ -297,7 +209,7 @@ class _Run:
                     loss = sum(value for name, value in losses.items() if not name.endswith("grad_norm"))
                     values = losses | self.objective.summary() | {"learning_rate": self.learning_rate()}
                     values |= window.rate(config.batch_size // config.gradient_accumulation_steps)
-                    bar.set_postfix_str(_brief({"loss": loss, **self.objective.summary()}))
+                    bar.set_postfix_str(brief({"loss": loss, **self.objective.summary()}))
                     self._log(progress.step, {f"train/{k}": v for k, v in values.items()})
                 paused = time.monotonic()
                 if progress.step % config.eval_every == 0 or last:
@@ -340,7 +252,7 @@ class _Run:
             if self.config.compile:
                 update.module.model.compile(mode=self.config.compile_mode)
             if self.accelerator.distributed_type == DistributedType.FSDP:
-                _make_shardable(update.module)
+                make_shardable(update.module)
             with warnings.catch_warnings():
                 # torch's new name for broadcast_buffers is not known to accelerate 1.15
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -361,7 +273,7 @@ class _Run:
     def _initialize(self) -> None:
         size = min(self.config.batch_size, LARGEST_INITIAL_BATCH)
         keys = StepBatches(len(self.train_data), size, seed=self.config.seed, total_steps=1).keys(0, 0)
-        batch = _to_device(self.train_data.collate(self.train_data.__getitems__(keys)), self.accelerator.device)
+        batch = to_device(self.train_data.collate(self.train_data.__getitems__(keys)), self.accelerator.device)
         for update in self.updates:
             with _naming_memory(self.config):
                 update.module.to(self.accelerator.device).initialize(batch)
@@ -378,20 +290,22 @@ class _Run:
         for update, ema, scheduler in zip(self.updates, self.emas, self.schedulers):
             saved = info["updates"][update.name]
             if self.config.ema_decay:
-                _set_weights(update.module, tensors[f"{update.name}.ema"])
+                set_weights(update.module, tensors[f"{update.name}.ema"])
                 ema.adopt_current()
-            _set_weights(update.module, tensors[f"{update.name}.weights"])
+            set_weights(update.module, tensors[f"{update.name}.weights"])
             self._take_own_buffers(update, tensors.get(f"{update.name}.processes", {}))
-            _set_optimizer(update, tensors[f"{update.name}.optimizer"], saved["param_groups"])
+            set_optimizer(
+                update.module, update.optimizer.optimizer, tensors[f"{update.name}.optimizer"], saved["param_groups"]
+            )
             scheduler.load_state_dict(saved["scheduler"])
-            _set_learning_rates(scheduler)
+            set_learning_rates(scheduler)
         if self.accelerator.scaler is not None and info["scaler"]:
             self.accelerator.scaler.load_state_dict(info["scaler"])
         self.window.load_state(info.get("window", {}))
         self.progress = _Progress(info["step"], *self._best_on_disk())
         self.batches = self._step_batches(self.progress.step)
         if self.accelerator.is_main_process:
-            _drop_log_after(self.folder / "log.jsonl", self.progress.step)
+            drop_log_after(self.folder / "log.jsonl", self.progress.step)
         self.accelerator.print(f"continuing from step {self.progress.step} ({state})")
         total_steps = info["config"].get("training", {}).get("total_steps", self.config.total_steps)
         if total_steps != self.config.total_steps and "constant" not in self.config.lr_schedule:
@@ -412,7 +326,7 @@ class _Run:
         accelerator, logged = self.accelerator, {}
         seed = derived_seed(self.config.seed, "noise", accelerator.process_index, step, micro_batch)
         _seed_noise(seed, accelerator.device)
-        batch = _to_device(batch, accelerator.device)
+        batch = to_device(batch, accelerator.device)
         with accelerator.accumulate(*(update.module for update in self.updates)):
             for update in self.updates:
                 update.module.train()
@@ -471,7 +385,7 @@ class _Run:
         with self.emas[0].applied():
             # What fits into memory while training does so here
             size = self.config.batch_size // self.config.gradient_accumulation_steps
-            metrics = evaluate(accelerator, self.module, self.validation_data, size)
+            metrics = validate(accelerator, self.module, self.validation_data, size)
             self._log(progress.step, {f"validation/{k}": v for k, v in metrics.items()})
             self._complain()
             name = self.objective.best_metric
@@ -490,13 +404,13 @@ class _Run:
             best = progress.best_metrics.get(name, math.inf)
             if metrics[name] < best:
                 progress.best_step, progress.best_metrics = progress.step, metrics
-                weights = _get_weights(self.module)
+                weights = get_weights(self.module)
                 if accelerator.is_main_process:
                     kept = save_state(self.folder / "best", progress.step, {"weights": weights}, {"metrics": metrics})
                     for other in set(kept.parent.glob("step-*")) - {kept}:  # earlier or, after a fall back, later ones
                         shutil.rmtree(other)
         accelerator.wait_for_everyone()
-        self._say(f"step {progress.step}: validation {_brief(metrics)}")
+        self._say(f"step {progress.step}: validation {brief(metrics)}")
         if (progress.step - progress.best_step) // self.config.eval_every == 3:  # said once, not at every evaluation
             self._say(
                 f"step {progress.step}: validation {name} {metrics[name]:.4f} has not improved on {best:.4f} of step "
@@ -521,11 +435,11 @@ class _Run:
     def _save(self) -> None:
         tensors, infos = {}, {}
         for update, ema, scheduler in zip(self.updates, self.emas, self.schedulers):
-            tensors[f"{update.name}.weights"] = _get_weights(update.module)
-            tensors[f"{update.name}.optimizer"], groups = _get_optimizer(update)
+            tensors[f"{update.name}.weights"] = get_weights(update.module)
+            tensors[f"{update.name}.optimizer"], groups = get_optimizer(update.module, update.optimizer.optimizer)
             if self.config.ema_decay:
                 with ema.applied():
-                    tensors[f"{update.name}.ema"] = _get_weights(update.module)
+                    tensors[f"{update.name}.ema"] = get_weights(update.module)
             if own := self._gather_own_buffers(update):
                 tensors[f"{update.name}.processes"] = own
             infos[update.name] = {"param_groups": groups, "scheduler": scheduler.state_dict()}
@@ -556,11 +470,11 @@ class _Run:
 
     def _gather_own_buffers(self, update: Update) -> dict[str, Tensor]:
         """(P, ...) by name: buffers that differ between processes by design, such as the chains of a sampler."""
-        buffers = _own_buffers(self.accelerator.unwrap_model(update.module))
+        buffers = own_buffers(self.accelerator.unwrap_model(update.module))
         return {name: self.accelerator.gather(buffer[None]) for name, buffer in buffers.items()}
 
     def _take_own_buffers(self, update: Update, saved: dict[str, Tensor]) -> None:
-        for name, buffer in _own_buffers(self.accelerator.unwrap_model(update.module)).items():
+        for name, buffer in own_buffers(self.accelerator.unwrap_model(update.module)).items():
             of_processes = saved[name]
             buffer.copy_(of_processes[self.accelerator.process_index % len(of_processes)])
 
@@ -586,7 +500,7 @@ class _Run:
             return False
         path = self.folder / "config.yaml"  # of the scripts, which write it anew only after this
         options = vars(self.config) | (read_yaml(path).get("training") or {} if path.is_file() else {})
-        step = _last_evaluation(self.folder / "log.jsonl")
+        step = last_evaluation(self.folder / "log.jsonl")
         return step > options["save_every"] or step >= options["total_steps"]
 
     def _check_same_run(self, info: dict, state: Path) -> None:
@@ -675,177 +589,11 @@ class _Run:
             sys.stdout.flush()
 
 
-class _LossWindow:
-    """Mean of each logged value since the last log line, without waiting for the device in between."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self._restart()
-
-    def _restart(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.start_clock()
-
-    def start_clock(self) -> None:
-        self.num_micro_batches = 0
-        self.started = time.monotonic()
-
-    def state(self) -> dict[str, tuple[str, int]]:
-        """{name: (sum, number of values)} since the last log line, with the mean over processes of the sums.
-
-        As text, since JSON has no infinite numbers, which gradients are where fp16 leaves out a step.
-        """
-        means = {name: self.accelerator.reduce(total, "mean").item() for name, total in self.sums.items()}
-        return {name: (str(mean), self.counts[name]) for name, mean in means.items()}
-
-    def load_state(self, state: dict[str, tuple[str, int]]) -> None:
-        device = self.accelerator.device
-        self.sums = {name: torch.tensor(float(total), device=device) for name, (total, _) in state.items()}
-        self.counts = {name: count for name, (_, count) in state.items()}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        self.num_micro_batches += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.float()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def mean(self) -> dict[str, float]:
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        return {name: self.accelerator.reduce(value, "mean").item() for name, value in means.items()}
-
-    def rate(self, images_per_micro_batch: int) -> dict[str, float]:
-        rate = self.num_micro_batches * images_per_micro_batch / (time.monotonic() - self.started)
-        self._restart()
-        return {"images_per_second": rate}
-
-
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, module: nn.Module, dataset: Dataset, batch_size: int) -> dict[str, float]:
-    """Mean over `dataset` of an objective's values per image, and its summary; the same numbers on all processes.
-
-    Each process takes every num_processes-th image.
-    """
-    objective: Objective = accelerator.unwrap_model(module)
-    was_training = module.training
-    module.eval()
-    indices = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-    size = max(1, batch_size // accelerator.num_processes)
-    passes = math.ceil(math.ceil(len(dataset) / accelerator.num_processes) / size)
-    parts = [indices[start : start + size] for start in range(0, len(indices), size)]
-    sums: dict[str, Tensor] = {}
-
-    def add(part: range, weight: int) -> None:
-        batch = dataset.collate(dataset.__getitems__(list(part)))
-        for name, value in module(_to_device(batch, accelerator.device)).items():
-            sums[name] = sums.get(name, 0) + weight * value.double().sum()
-
-    for _ in range(passes - len(parts)):  # sharded models need equally many passes on every process
-        add(range(1), weight=0)
-    objective.start_evaluation()
-    for part in parts:
-        add(part, weight=1)
-    means = {name: (accelerator.reduce(total, "sum") / len(dataset)).item() for name, total in sums.items()}
-    means |= objective.summary()
-    module.train(was_training)
-    return means
-
-
 def _seed_noise(seed: int, device: torch.device) -> None:
     """As torch.manual_seed, which also formats a stack trace for each kind of device that is not in use (0.3 ms)."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
-
-
-def _to_device(batch, device: torch.device):
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    return tuple(_to_device(value, device) for value in batch)
-
-
-def _make_shardable(module: nn.Module) -> None:
-    """FSDP takes neither other memory formats nor scalars."""
-    module.to(memory_format=torch.contiguous_format)
-    scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
-    if scalars:
-        raise ValueError(
-            f"FSDP cannot shard a parameter that is one number ({', '.join(scalars)}); launch without --use_fsdp, "
-            "DDP holds the whole model on each device, or take a likelihood without a scale"
-        )
-
-
-def _set_learning_rates(scheduler) -> None:
-    """Those of its step: a state's are of its own schedule, which another total of steps changes."""
-    scheduler._last_lr = [
-        base_lr * factor(scheduler.last_epoch) for base_lr, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas)
-    ]
-    for group, lr in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
-        group["lr"] = lr
-
-
-# The functions below gather and scatter whole states whether the model is alone, under DDP or sharded by FSDP
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def _get_weights(module: nn.Module) -> dict[str, Tensor]:
-    # On the CPU these are the module's own tensors, which go on changing
-    return {name: tensor.clone() for name, tensor in get_model_state_dict(module, options=_WHOLE).items()}
-
-
-def _set_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    set_model_state_dict(module, weights, options=_WHOLE)
-
-
-def _get_optimizer(update: Update) -> tuple[dict[str, Tensor], list[dict]]:
-    whole = get_optimizer_state_dict(update.module, update.optimizer.optimizer, options=_WHOLE)
-    if not whole:  # only the main process holds a gathered state
-        return {}, []
-    tensors = {f"{name}/{key}": value for name, state in whole["state"].items() for key, value in state.items()}
-    return tensors, whole["param_groups"]
-
-
-def _set_optimizer(update: Update, tensors: dict[str, Tensor], param_groups: list[dict]) -> None:
-    state: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        parameter, key = name.rsplit("/", 1)
-        state.setdefault(parameter, {})[key] = value
-    groups = [{**group, "betas": tuple(group["betas"])} for group in param_groups]
-    optimizer = update.optimizer.optimizer
-    set_optimizer_state_dict(update.module, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)
-    # Files know no memory format, and the fused AdamW goes through memory without a look at it
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
-                values[key] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)
-
-
-def _own_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that a part of the model names in `per_process_buffers`, by their name in the whole."""
-    return {
-        f"{path}.{name}": part.get_buffer(name)
-        for path, part in module.named_modules()
-        for name in getattr(part, "per_process_buffers", ())
-    }
-
-
-def _last_evaluation(path: Path) -> int:
-    """The last step of which a log has validation metrics; 0 without one."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
-    return max((entry["step"] for entry in entries if any(key.startswith("validation/") for key in entry)), default=0)
-
-
-def _drop_log_after(path: Path, step: int) -> None:
-    """Removes lines that a continued run will write again."""
-    if path.exists():
-        with atomic_file(path) as file:
-            for line in path.read_bytes().splitlines(keepends=True):
-                # A line that a killed run or a full disk cut off has no end
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    file.write(line)
 
 
 def _naming_memory(config: TrainingConfig) -> AbstractContextManager[None]:
@@ -855,8 +603,3 @@ def _naming_memory(config: TrainingConfig) -> AbstractContextManager[None]:
         f"set training.gradient_accumulation_steps {2 * config.gradient_accumulation_steps} (with another --output "
         "if this run has a state), which trains alike, but for batch norm, in less memory; or take a smaller model"
     )
-
-
-def _brief(values: dict[str, float]) -> str:
-    skipped = ("learning_rate", "images_per_second", "grad_norm")
-    return ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k not in skipped)

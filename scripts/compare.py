@@ -29,7 +29,7 @@ from pipelines.images import DataConfig, load_images
 from pipelines.images import Split as ImageSplit
 from pipelines.protocol import comparable
 from pipelines.runs import RUNS, Outcome, choose_device, refuse_several_processes, run_script
-from pipelines.training import TrainingConfig
+from pipelines.training_config import TrainingConfig
 
 EVALUATION = ("split", "metrics", "num_draws", "num_samples", "inception_weights", "lpips_weights", "cache", "seed",
               "batch_size", "device")  # fmt: skip

@@ -24,7 +24,7 @@ from pipelines.runs import (
     saved_data_section,
     say_unused_captions,
 )
-from pipelines.training import TrainingConfig
+from pipelines.training_config import TrainingConfig
 
 TOKENIZER = "tokenizer/config.json"
 

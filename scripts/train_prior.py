@@ -21,7 +21,8 @@ from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples
 from pipelines.runs import CODES, Outcome, adopt_data_section, digits_recipe, find_codes, run_script, save_config
 from pipelines.text import TextConfig, TextTokenizer
-from pipelines.training import TrainingConfig, Update, adamw, describe, fit
+from pipelines.training import Update, adamw, describe, fit
+from pipelines.training_config import TrainingConfig
 from pipelines.two_stage import TEXT_TOKENIZER, check_codes_belong, save_stage_two
 from prior import PRIORS
 from prior.bits import BitPrior

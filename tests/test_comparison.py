@@ -21,7 +21,7 @@ from pipelines.comparison.progress import Progress, duration
 from pipelines.comparison.running import IN_WORDS, Runner, members_of
 from pipelines.config import differences, read_yaml
 from pipelines.files import write_json_atomic
-from pipelines.training import TrainingConfig
+from pipelines.training_config import TrainingConfig
 from prior.base import CodeSpec
 from tests.outline import Outline
 from tests.test_pipeline import make as make_pipeline

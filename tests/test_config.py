@@ -22,7 +22,7 @@ from pipelines.runs import (
     save_config,
     saved_data_section,
 )
-from pipelines.training import TrainingConfig
+from pipelines.training_config import TrainingConfig
 from pipelines.two_stage import Pipeline
 from prior import PRIORS
 from tests import tiny

@@ -26,7 +26,7 @@ from pipelines.images import DataConfig, load_images
 from pipelines.masks import named_mask
 from pipelines.pictures import save_grid
 from pipelines.runs import choose_device, save_config, say_skipped
-from pipelines.training import TrainingConfig
+from pipelines.training_config import TrainingConfig
 from prior import PRIORS
 from prior.base import CodeSpec
 from tests import tiny

@@ -29,7 +29,10 @@ from pipelines.images import DataConfig, load_images
 from pipelines.launch import cpu_computes_bf16, end_with_the_launcher, make_accelerator
 from pipelines.objectives import PriorLoss, TokenizerLoss
 from pipelines.runs import save_config
-from pipelines.training import NonFiniteLossError, TrainingConfig, Update, _make_shardable, adamw, evaluate, fit
+from pipelines.training import NonFiniteLossError, Update, adamw, fit
+from pipelines.training_config import TrainingConfig
+from pipelines.training_states import make_shardable
+from pipelines.validation import validate
 from prior import PRIORS
 from prior.autoregressive import AutoregressivePrior
 from prior.base import CodeSpec
@@ -435,7 +438,7 @@ def test_the_best_weights_are_kept(tmp_path):
     prior, _, data = make("gpt")
     prior.model.load_state_dict(result.weights)
     accelerator = make_accelerator(CONFIG, tmp_path)
-    assert evaluate(accelerator, prior, data, 8)["nll"] == pytest.approx(result.metrics["nll"], abs=1e-6)
+    assert validate(accelerator, prior, data, 8)["nll"] == pytest.approx(result.metrics["nll"], abs=1e-6)
 
 
 @pytest.mark.parametrize("model", ["dvaepp", "nvil", "gaussian_vae"])
@@ -526,7 +529,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
 def test_evaluation_does_not_depend_on_the_batch_size(batch_size, tmp_path):
     objective, _, data = make("vqvae-ema_vq")
     accelerator = make_accelerator(CONFIG, tmp_path)
-    metrics, whole = (evaluate(accelerator, objective, data, size) for size in (batch_size, len(data)))
+    metrics, whole = (validate(accelerator, objective, data, size) for size in (batch_size, len(data)))
     assert metrics == pytest.approx(whole, rel=1e-5)
 
 
@@ -756,5 +759,5 @@ def test_weights_are_laid_out_for_convolutions_and_for_fsdp():
     assert len(weights) > 5
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     del objective.model.likelihood.scale_parameter
-    _make_shardable(objective)
+    make_shardable(objective)
     assert all(parameter.is_contiguous() for parameter in objective.parameters())

@@ -32,7 +32,7 @@ import yaml
 from pipelines.checkpoint import build_prior, build_tokenizer
 from pipelines.config import Polymorphic, parse, read_yaml
 from pipelines.images import DataConfig, load_images
-from pipelines.training import TrainingConfig
+from pipelines.training_config import TrainingConfig
 from prior import PRIORS
 from tokenizer import TOKENIZERS
 from tokenizer.registry import nearest_known

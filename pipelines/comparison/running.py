@@ -19,7 +19,7 @@ from pipelines.comparison.progress import Progress
 from pipelines.config import differences, read_yaml
 from pipelines.files import read_json, sha256_file, write_json_atomic
 from pipelines.runs import save_config
-from pipelines.training import FREE_TO_CHANGE
+from pipelines.training_config import FREE_TO_CHANGE
 from pipelines.two_stage import INDEX_NAME, Pipeline
 
 # A run may go on for longer than it was first told to, but the end of its learning rate's schedule stays where it was

@@ -13,7 +13,8 @@ from benchmarks.measure import Clock, compare
 from benchmarks.peers import Peers
 from benchmarks.report import Case, Report
 from pipelines.objectives import TokenizerLoss
-from pipelines.training import TrainingConfig, adamw
+from pipelines.training import adamw
+from pipelines.training_config import TrainingConfig
 from prior.boltzmann_samplers import BlockGibbs, Boltzmann
 from tokenizer.dvaepp import DVAEPP, DVAEPPConfig
 

@@ -10,7 +10,8 @@ from benchmarks.measure import Clock, compare, peak_memory
 from benchmarks.peers import Peers, load
 from benchmarks.report import Case, Report
 from pipelines.objectives import TokenizerLoss
-from pipelines.training import TrainingConfig, adamw
+from pipelines.training import adamw
+from pipelines.training_config import TrainingConfig
 from tokenizer import VQVAE2, VQVAE2Config
 
 # batch, side of the images

@@ -24,7 +24,8 @@ from benchmarks.sampling import CLASSES, GPTS, Sizes, gpt_config
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
 from pipelines.objectives import Objective, PriorLoss
-from pipelines.training import TrainingConfig, Update, adamw, fit
+from pipelines.training import Update, adamw, fit
+from pipelines.training_config import TrainingConfig
 from pipelines.two_stage import Pipeline
 from prior.base import CodeSpec
 from prior.gpt import GPT

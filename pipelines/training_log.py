@@ -1,0 +1,79 @@
+"""What a run writes down of itself while it trains."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipelines.files import atomic_file
+
+
+class LossWindow:
+    """Mean of each logged value since the last log line, without waiting for the device in between."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._restart()
+
+    def _restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        self.num_micro_batches = 0
+        self.started = time.monotonic()
+
+    def state(self) -> dict[str, tuple[str, int]]:
+        """{name: (sum, number of values)} since the last log line, with the mean over processes of the sums.
+
+        As text, since JSON has no infinite numbers, which gradients are where fp16 leaves out a step.
+        """
+        means = {name: self.accelerator.reduce(total, "mean").item() for name, total in self.sums.items()}
+        return {name: (str(mean), self.counts[name]) for name, mean in means.items()}
+
+    def load_state(self, state: dict[str, tuple[str, int]]) -> None:
+        device = self.accelerator.device
+        self.sums = {name: torch.tensor(float(total), device=device) for name, (total, _) in state.items()}
+        self.counts = {name: count for name, (_, count) in state.items()}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.num_micro_batches += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.float()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def mean(self) -> dict[str, float]:
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        return {name: self.accelerator.reduce(value, "mean").item() for name, value in means.items()}
+
+    def rate(self, images_per_micro_batch: int) -> dict[str, float]:
+        rate = self.num_micro_batches * images_per_micro_batch / (time.monotonic() - self.started)
+        self._restart()
+        return {"images_per_second": rate}
+
+
+def last_evaluation(path: Path) -> int:
+    """The last step of which a log has validation metrics; 0 without one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return max((entry["step"] for entry in entries if any(key.startswith("validation/") for key in entry)), default=0)
+
+
+def drop_log_after(path: Path, step: int) -> None:
+    """Removes lines that a continued run will write again."""
+    if path.exists():
+        with atomic_file(path) as file:
+            for line in path.read_bytes().splitlines(keepends=True):
+                # A line that a killed run or a full disk cut off has no end
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    file.write(line)
+
+
+def brief(values: dict[str, float]) -> str:
+    """What a line of the terminal has room for."""
+    skipped = ("learning_rate", "images_per_second", "grad_norm")
+    return ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k not in skipped)
