@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pipelines.outputs import to_pil
 from pipelines.pictures import PADDING, SMALLEST_SIDE, grid_picture
 from pipelines.preprocessing import load, preprocess_image
-from pipelines.two_stage import to_pil
 from tokenizer.base import Tokenizer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # that Pillow reads by itself, without other programs

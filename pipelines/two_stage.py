@@ -1,28 +1,24 @@
 """`Pipeline`: a tokenizer and a prior over its codes as one thing that samples, encodes, decodes, saves and loads."""
 
 import inspect
-import json
-import reprlib
 import tempfile
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral, Number
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor
 
+from pipelines.belonging import check_belongs, check_text_tokenizer
 from pipelines.card import model_card
 from pipelines.checkpoint import (
     cast,
     fingerprint,
-    fingerprints,
     floating_point,
     load_prior,
     load_tokenizer,
@@ -32,9 +28,19 @@ from pipelines.checkpoint import (
 )
 from pipelines.completion import Completions, Ranking, candidate_generators, check_candidates, complete
 from pipelines.drawing import Generators, decode_codes, draw_codes, one_generator_each
-from pipelines.files import atomic_file, read_json, write_json_atomic
+from pipelines.files import atomic_file, write_json_atomic
 from pipelines.masks import as_mask, check_geometry, check_mask_sizes
 from pipelines.outpainting import check_canvas, outpaint
+from pipelines.outputs import as_output_type, check_output_type
+from pipelines.pipeline_index import (
+    INDEX_NAME,
+    PIPELINE,
+    TEXT_TOKENIZER,
+    as_json,
+    checked_part,
+    library_version,
+    read_index,
+)
 from pipelines.preprocessing import preprocess_image
 from pipelines.rejection import Accepted, Score, rejection_sample
 from pipelines.text import TextTokenizer
@@ -42,10 +48,6 @@ from prior.base import PADDING, Codes, Prior
 from prior.sampling import GuidanceSchedule, SamplingOptions
 from tokenizer.base import Tokenizer
 from tokenizer.registry import nearest_known
-
-INDEX_NAME = "model_index.json"
-TEXT_TOKENIZER = "text_tokenizer"
-OUTPUT_TYPES = ("pil", "np", "pt", "codes")
 
 
 class SampleOutput(NamedTuple):
@@ -132,10 +134,10 @@ class Pipeline:
         """
         dtype = floating_point(dtype)
         folder = resolve_folder(path_or_id, **download_options)
-        index = _read_index(folder)
-        tokenizer = tokenizer or _checked_part(index, "tokenizer", load_tokenizer(folder / "tokenizer"))
+        index = read_index(folder)
+        tokenizer = tokenizer or checked_part(index, "tokenizer", load_tokenizer(folder / "tokenizer"))
         if prior is None and index["prior"] != [None, None]:
-            prior = _checked_part(index, "prior", load_prior(folder / "prior"))
+            prior = checked_part(index, "prior", load_prior(folder / "prior"))
         if text_tokenizer is None and prior is not None and prior.conditional_on_text:
             text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
         class_names = [name for _, name in sorted(index["id2label"].items(), key=lambda item: int(item[0]))]
@@ -174,7 +176,7 @@ class Pipeline:
         write_json_atomic(
             folder / INDEX_NAME,
             {
-                "_class_name": Pipeline.__name__,
+                "_class_name": PIPELINE,
                 "_tessera_version": library_version(),
                 "tokenizer": ["tokenizer", type(plain.tokenizer).__name__],
                 "prior": ["prior", type(plain.prior).__name__] if self.has_stage_two else [None, None],
@@ -189,8 +191,8 @@ class Pipeline:
 
     def _make_plain(self) -> None:
         """Makes metrics and evaluations what they will be when loaded again."""
-        self.metrics = _as_json("metrics", self.metrics)
-        self.evaluations = _as_json("evaluations", self.evaluations)
+        self.metrics = as_json("metrics", self.metrics)
+        self.evaluations = as_json("evaluations", self.evaluations)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None, **upload_options) -> str:
         """Saves the pipeline and uploads it; returns the address of the commit.
@@ -247,7 +249,7 @@ class Pipeline:
         Raises:
             ValueError: an argument out of range, or an option that the prior cannot honour.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         generators, labels = self._requested(num_images, class_labels, prompts, generator, batch_size)
         self._check_resample(resample)
         if resample == "local" and labels is not None:
@@ -277,7 +279,7 @@ class Pipeline:
             log_prob = None if log_prob is None else log_prob.expand(len(generators))
         images = codes
         if output_type != "codes":
-            images = _output(decode_codes(self.tokenizer, codes, generators, batch_size=batch_size), output_type)
+            images = as_output_type(decode_codes(self.tokenizer, codes, generators, batch_size=batch_size), output_type)
         return SampleOutput(images, log_prob, self._classes(labels)) if return_log_prob else images
 
     __call__ = sample
@@ -328,7 +330,7 @@ class Pipeline:
             ValueError: an argument out of range, a tokenizer whose codes have no place in the image, or a prior that
                 cannot complete or cannot weigh.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         _check_options(self.complete, options)
         check_candidates(num_candidates, ranking, batch_size)
         check_geometry(self.tokenizer)
@@ -346,7 +348,7 @@ class Pipeline:
             self, pixels, mask, labels, generators, ranking=ranking, keep_known_pixels=keep_known_pixels,
             batch_size=batch_size, **options,
         )  # fmt: skip
-        images = completions.codes if output_type == "codes" else _output(completions.images, output_type)
+        images = completions.codes if output_type == "codes" else as_output_type(completions.images, output_type)
         return completions._replace(images=images)
 
     def outpaint(
@@ -389,7 +391,7 @@ class Pipeline:
         Raises:
             ValueError: an argument out of range, or a tokenizer that cannot decode a larger map.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         _check_options(self.outpaint, options)
         check_candidates(num_candidates, "importance", batch_size)
         stride = check_canvas(self.tokenizer, size, position, stride)
@@ -400,7 +402,7 @@ class Pipeline:
             self, pixels, labels, generators, size=tuple(size), position=tuple(position), stride=stride,
             num_candidates=num_candidates, keep_known_pixels=keep_known_pixels, batch_size=batch_size, **options,
         )  # fmt: skip
-        return codes if output_type == "codes" else _output(canvas, output_type)
+        return codes if output_type == "codes" else as_output_type(canvas, output_type)
 
     def rejection_sample(
         self,
@@ -438,7 +440,7 @@ class Pipeline:
             ValueError: an argument out of range, a score that is not one number per image, or no image at all that
                 reaches the threshold.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         _check_options(self.rejection_sample, options)
         if output_type == "codes":
             raise ValueError("output_type 'codes' is for sampling")
@@ -447,7 +449,7 @@ class Pipeline:
             self, labels, generators, score=score, classifier=classifier, keep_fraction=keep_fraction,
             threshold=threshold, max_draws=max_draws, batch_size=batch_size, **options,
         )  # fmt: skip
-        return accepted._replace(images=_output(accepted.images, output_type))
+        return accepted._replace(images=as_output_type(accepted.images, output_type))
 
     @torch.no_grad()
     def interpolate(self, first, second, num_images: int = 8, *, output_type: str = "pil"):
@@ -465,7 +467,7 @@ class Pipeline:
         Raises:
             ValueError: fewer than 2 images, unequal numbers, or codes that stand for no vectors.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         first, second = self.encode(first), self.encode(second)
         if num_images < 2 or len(first[0]) != len(second[0]):
             raise ValueError(
@@ -477,7 +479,7 @@ class Pipeline:
             torch.lerp(a[:, None].float(), b[:, None].float(), weights).flatten(0, 1)
             for a, b in zip(self.tokenizer.embed(first), self.tokenizer.embed(second))
         ]
-        return _output(self.tokenizer.decode_embedded(tuple(lines)), output_type)
+        return as_output_type(self.tokenizer.decode_embedded(tuple(lines)), output_type)
 
     def _check_resample(self, resample: str) -> None:
         if resample not in ("all", "local"):
@@ -529,10 +531,10 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, codes: Codes, *, generator: Generators | None = None, output_type: str = "pil"):
         """Images of codes; see `sample` for `output_type`."""
-        _check_output_type(output_type)
+        check_output_type(output_type)
         codes = tuple(torch.as_tensor(code, device=self.device) for code in codes)
         self.tokenizer.spec.check(codes)
-        return _output(self.tokenizer.decode(codes, generator), output_type)
+        return as_output_type(self.tokenizer.decode(codes, generator), output_type)
 
     def reconstruct(self, images, *, generator: Generators | None = None, output_type: str = "pil"):
         """What is left of images after encoding and decoding; see `encode` and `sample`."""
@@ -636,23 +638,6 @@ class Pipeline:
         return None if self.prior.conditional_on_text else labels
 
 
-def _as_json(what: str, values: dict) -> dict:
-    """A dict as JSON gives it back, numbers of NumPy and torch as Python's. Raises ValueError naming other objects."""
-
-    def number(value):
-        if hasattr(value, "item"):
-            return value.item()
-        raise TypeError(f"{type(value).__name__} is not a number")
-
-    plain = {}
-    for name, value in values.items():
-        try:
-            plain[name] = json.loads(json.dumps(value, default=number, allow_nan=False))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{what}['{name}'] = {reprlib.repr(value)} cannot be written as JSON: {error}") from error
-    return plain
-
-
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal()
 
@@ -672,153 +657,6 @@ def _for_each_candidate(values, num_images: int, num_candidates: int, what: str)
     return [value for value in values for _ in range(num_candidates)]
 
 
-def _range(images: Tensor) -> str:
-    return f"from {images.min().item():.5g} to {images.max().item():.5g}" if images.numel() else "(empty)"
-
-
-def check_belongs(prior: Prior, tokenizer: Tokenizer) -> None:
-    """Raises ValueError, with both fingerprints, unless `prior` was trained on the codes of `tokenizer`.
-
-    Equal code spaces are not enough: codes of another tokenizer decode to what looks like noise.
-    """
-    expected, found = prior.config.tokenizer_fingerprint, fingerprints(tokenizer)
-    if not expected:
-        raise ValueError(
-            "this prior has no record of the tokenizer whose codes it was trained on; where it is this one, build it "
-            "with tokenizer_fingerprint=pipelines.fingerprint(tokenizer)"
-        )
-    if expected not in found:
-        dtype = next(tokenizer.parameters()).dtype
-        raise ValueError(
-            f"this prior was trained on the codes of tokenizer {expected}, but the tokenizer given has fingerprint "
-            f"{found[-1]}; train a prior on this tokenizer's codes, or take the one it came from"
-            + ("" if dtype == torch.float32 else f". Its weights are {dtype}: where they were cast by hand, take "
-               "from_pretrained(path, dtype=...), or cast a pipeline of both by its `to`")
-        )  # fmt: skip
-    if prior.spec != tokenizer.spec:
-        raise ValueError(f"the prior's code space {prior.spec} is not the tokenizer's, {tokenizer.spec}")
-
-
-def check_text_tokenizer(prior: Prior, text_tokenizer: TextTokenizer | None) -> None:
-    """Raises ValueError, with both fingerprints, unless the captions of `prior` were tokenized by `text_tokenizer`."""
-    expected = prior.config.text_tokenizer_fingerprint
-    if not prior.conditional_on_text:
-        if text_tokenizer is not None:
-            raise ValueError("this prior is not conditional on captions: it has no use for a text tokenizer")
-    elif text_tokenizer is None:
-        raise ValueError(f"this prior is conditional on captions: give their text tokenizer, of fingerprint {expected}")
-    elif text_tokenizer.fingerprint != expected:
-        raise ValueError(
-            f"this prior was trained on captions of text tokenizer {expected or '(none recorded)'}, but the one given "
-            f"has fingerprint {text_tokenizer.fingerprint}; token ids mean other words there. Take the one it came from"
-        )
-
-
-def check_codes_belong(tokenizer: Tokenizer, *data_sets) -> None:
-    """Raises ValueError, with both fingerprints, unless every `CodeDataset` was written by `tokenizer`."""
-    found = fingerprint(tokenizer)
-    for codes in data_sets:
-        if codes.fingerprint != found:
-            raise ValueError(
-                f"{codes.folder} holds codes of tokenizer {codes.fingerprint}, but the tokenizer given has fingerprint "
-                f"{found}. Write its codes with scripts/extract_codes.py --overwrite true"
-            )
-
-
-def save_stage_one(folder: Path, tokenizer: Tokenizer, class_names: Sequence[str], metrics: dict) -> None:
-    """Makes a run folder a pipeline with the tokenizer's own prior, unless it already has one that belongs."""
-    measured = _named("tokenizer", metrics)
-    try:
-        known = Pipeline.from_pretrained(folder)
-        if known.has_stage_two or measured.items() <= known.metrics.items():
-            return  # the tokenizer is the one described there already
-    except ValueError:
-        if (folder / "prior").exists():
-            print(f"{folder / 'prior'} does not belong to this tokenizer and is left out of the pipeline; "
-                  f"to train another, remove {folder / 'stage_two'}")  # fmt: skip
-    Pipeline(tokenizer, class_names=class_names, metrics=measured).save_index(folder)
-
-
-def save_stage_two(
-    folder: Path,
-    tokenizer: Tokenizer,
-    prior: Prior,
-    class_names: Sequence[str],
-    metrics: dict,
-    text_tokenizer: TextTokenizer | None = None,
-) -> None:
-    """Enters a trained prior into the index of a run folder, with what was measured of it."""
-    index = _read_index(folder) if (folder / INDEX_NAME).is_file() else {"metrics": {}, "evaluations": {}}
-    known, evaluations = index["metrics"], index["evaluations"]
-    measured = _named("prior", metrics)
-    if not measured.items() <= known.items():  # numbers of the pipeline with another prior are no longer true
-        known = {name: value for name, value in known.items() if name.startswith("validation tokenizer ")}
-        evaluations = {}
-    pipeline = Pipeline(
-        tokenizer, prior, class_names=class_names, metrics={**known, **measured}, evaluations=evaluations,
-        text_tokenizer=text_tokenizer,
-    )  # fmt: skip
-    pipeline.save_index(folder)
-
-
-def _named(stage: str, metrics: dict) -> dict:
-    return {f"validation {stage} {name}": value for name, value in metrics.items()}
-
-
-def library_version() -> str:
-    try:
-        return version("tessera-codes")
-    except PackageNotFoundError:  # used from a folder, not installed
-        return "0+unknown"
-
-
-def _read_index(folder: Path) -> dict:
-    if not (folder / INDEX_NAME).is_file():
-        raise ValueError(f"{folder} is not a pipeline: it has no {INDEX_NAME}. Did stage one finish?")
-    index = read_json(folder / INDEX_NAME)
-    if index.get("_class_name") != Pipeline.__name__:
-        raise ValueError(f"{folder / INDEX_NAME} describes a {index.get('_class_name')!r}, not a {Pipeline.__name__}")
-    index.setdefault("evaluations", {})  # pipelines saved before there were any
-    expected = {"tokenizer": list, "prior": list, "id2label": dict, "metrics": dict, "evaluations": dict}
-    for key, kind in expected.items():
-        if not isinstance(index.get(key), kind):
-            raise ValueError(f"{folder / INDEX_NAME}: '{key}' must be a {kind.__name__}, got {index.get(key)!r}")
-    for split, evaluation in index["evaluations"].items():
-        if not _is_evaluation(evaluation):
-            raise ValueError(
-                f"{folder / INDEX_NAME}: 'evaluations' holds none of the {split} images, got {evaluation!r}"
-            )
-    names = index["id2label"]
-    if set(names) != {str(i) for i in range(len(names))} or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{folder / INDEX_NAME}: 'id2label' must give a name to each of the classes 0, 1, 2, ...")
-    return index
-
-
-def _is_evaluation(found) -> bool:
-    """Whether it holds what the model card says of one."""
-    kinds = {"command": str, "data": dict, "protocol": dict, "not_measured": dict, "versions": dict, "seed": int}
-    return (
-        isinstance(found, dict)
-        and all(isinstance(found.get(name), kind) for name, kind in kinds.items())
-        and found["data"].keys() >= {"name", "split", "count", "content"}
-    )
-
-
-def _checked_part(index: dict, name: str, model):
-    """`model`, if it is what the index says; the index never decides what is imported."""
-    if index[name] != [name, type(model).__name__]:
-        raise ValueError(
-            f"{INDEX_NAME} says that '{name}' is {index[name]}, "
-            f"but {name}/config.json describes a {type(model).__name__}"
-        )
-    return model
-
-
-def _check_output_type(output_type: str) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"unknown output_type '{output_type}' (known: {', '.join(OUTPUT_TYPES)})")
-
-
 def _check_options(method: Callable, options: dict) -> None:
     """Raises ValueError for an option of `method` that it would not pass on to `Prior.sample`."""
     known = [*(field.name for field in fields(SamplingOptions)), "codes_callback"]
@@ -828,17 +666,5 @@ def _check_options(method: Callable, options: dict) -> None:
             raise ValueError(f"{method.__name__} has no option '{option}'{nearest_known(option, known + arguments)}")
 
 
-def _output(images: Tensor, output_type: str):
-    images = images.float().cpu()
-    if output_type == "codes":
-        raise ValueError("output_type 'codes' is for sampling")
-    if output_type == "pt":
-        return images
-    arrays = images.permute(0, 2, 3, 1).numpy()
-    return arrays if output_type == "np" else to_pil(arrays)
-
-
-def to_pil(arrays: np.ndarray) -> list[Image.Image]:
-    """(B, H, W, C) in [0, 1] -> 8-bit images, C = 1 or 3."""
-    bytes_ = (arrays * 255).round().astype(np.uint8)
-    return [Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array) for array in bytes_]
+def _range(images: Tensor) -> str:
+    return f"from {images.min().item():.5g} to {images.max().item():.5g}" if images.numel() else "(empty)"

@@ -21,8 +21,9 @@ import torch
 from pipelines.config import parse, peek, plain
 from pipelines.masks import as_mask, named_mask, open_image
 from pipelines.pictures import check_picture, save_grid
+from pipelines.pipeline_index import INDEX_NAME
 from pipelines.runs import Outcome, check_seed, choose_device, find_run, refuse_several_processes, run_script
-from pipelines.two_stage import INDEX_NAME, Pipeline
+from pipelines.two_stage import Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")
 CONDITIONS = ("class_labels", "prompts", "num_candidates", "keep_known_pixels")

@@ -44,7 +44,8 @@ def main() -> None:
     config = parse(__doc__, {}, Options)
     from pipelines.demo import Limits
     from pipelines.demo_server import import_gradio, serve
-    from pipelines.two_stage import INDEX_NAME, Pipeline
+    from pipelines.pipeline_index import INDEX_NAME
+    from pipelines.two_stage import Pipeline
 
     limits = Limits(**{name: config[name] for name in Limits.__dataclass_fields__})
     device = choose_device(config["device"])

@@ -22,6 +22,7 @@ from pipelines.evaluation import NEED_TRAINING_IMAGES, Group, evaluate
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
+from pipelines.pipeline_index import INDEX_NAME
 from pipelines.report import RESULT_NAME, dropped, earlier_result, format_summary, record, with_earlier
 from pipelines.runs import (
     Outcome,
@@ -33,7 +34,7 @@ from pipelines.runs import (
     run_script,
     saved_data_section,
 )
-from pipelines.two_stage import INDEX_NAME, Pipeline
+from pipelines.two_stage import Pipeline
 
 
 @dataclass

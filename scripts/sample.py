@@ -22,9 +22,10 @@ from tqdm import tqdm
 from pipelines.animation import CodeRecording, save_animation
 from pipelines.config import parse, peek
 from pipelines.pictures import check_picture, class_columns, save_grid
+from pipelines.pipeline_index import INDEX_NAME
 from pipelines.runs import Outcome, check_seed, find_run, run_script
 from pipelines.shards import Shards
-from pipelines.two_stage import INDEX_NAME, Pipeline
+from pipelines.two_stage import Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from pipelines.belonging import check_codes_belong
 from pipelines.checkpoint import build_prior, fingerprint, load_tokenizer, save_model
 from pipelines.codes import CodeDataset, check_same_classes
 from pipelines.config import Polymorphic, parse, peek
@@ -19,11 +20,12 @@ from pipelines.files import read_json
 from pipelines.launch import make_accelerator
 from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples
+from pipelines.pipeline_index import TEXT_TOKENIZER
 from pipelines.runs import CODES, Outcome, adopt_data_section, digits_recipe, find_codes, run_script, save_config
+from pipelines.stages import save_stage_two
 from pipelines.text import TextConfig, TextTokenizer
 from pipelines.training import Update, adamw, describe, fit
 from pipelines.training_config import TrainingConfig
-from pipelines.two_stage import TEXT_TOKENIZER, check_codes_belong, save_stage_two
 from prior import PRIORS
 from prior.bits import BitPrior
 

@@ -21,9 +21,9 @@ from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions, save_samples
 from pipelines.runs import RUNS, Outcome, digits_recipe, run_script, save_config, say_skipped, say_unused_captions
+from pipelines.stages import save_stage_one
 from pipelines.training import Update, adamw, describe, fit
 from pipelines.training_config import TrainingConfig
-from pipelines.two_stage import save_stage_one
 from prior.uniform import Uniform
 from tokenizer import TOKENIZERS
 

@@ -26,8 +26,8 @@ from pipelines.pictures import (
     save_samples,
     side_by_side,
 )
+from pipelines.stages import save_stage_one, save_stage_two
 from pipelines.text import TextConfig, TextTokenizer
-from pipelines.two_stage import save_stage_one, save_stage_two
 from prior import PRIORS, Prior
 from tests import tiny
 from tokenizer import TOKENIZERS, Tokenizer

@@ -19,8 +19,8 @@ from pipelines.codes import CodeDataset, write_codes
 from pipelines.images import DataConfig, load_images
 from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples
+from pipelines.stages import save_stage_two
 from pipelines.text import TextConfig, TextTokenizer
-from pipelines.two_stage import save_stage_two
 from prior import PRIORS, CodeSpec
 from prior.base import PADDING
 from prior.gpt import rotary_table

@@ -18,9 +18,10 @@ from pipelines.comparison.entries import Entry
 from pipelines.comparison.progress import Progress
 from pipelines.config import differences, read_yaml
 from pipelines.files import read_json, sha256_file, write_json_atomic
+from pipelines.pipeline_index import INDEX_NAME
 from pipelines.runs import save_config
 from pipelines.training_config import FREE_TO_CHANGE
-from pipelines.two_stage import INDEX_NAME, Pipeline
+from pipelines.two_stage import Pipeline
 
 # A run may go on for longer than it was first told to, but the end of its learning rate's schedule stays where it was
 FREE = tuple(name for name in FREE_TO_CHANGE if name != "training.total_steps")
