@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.checkpoint import fingerprint, load_tokenizer
-from pipelines.codes import write_codes
+from pipelines.code_writing import write_codes
 from pipelines.config import parse, peek
 from pipelines.images import DataConfig
 from pipelines.launch import make_accelerator

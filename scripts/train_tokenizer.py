@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from pipelines.checkpoint import build_tokenizer, fingerprint, save_model
-from pipelines.codes import fitting_batch_size, smallest_dtype, write_codes
+from pipelines.code_writing import fitting_batch_size, write_codes
+from pipelines.codes import smallest_dtype
 from pipelines.config import Polymorphic, parse, peek
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator

@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pipelines import files
-from pipelines.codes import CodeDataset, check_same_classes, smallest_dtype, write_codes
+from pipelines.code_writing import write_codes
+from pipelines.codes import CodeDataset, check_same_classes, smallest_dtype
 from pipelines.images import DataConfig, load_images
 from prior.base import CodeSpec
 

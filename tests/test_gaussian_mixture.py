@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch import distributions
 
-from pipelines.codes import write_codes
+from pipelines.code_writing import write_codes
 from pipelines.metrics import CodeCounts
 from prior import PRIORS, CodeSpec
 from prior.gaussian_mixture import GaussianMixture, GaussianMixtureConfig

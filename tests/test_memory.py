@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipelines.checkpoint import fingerprint
-from pipelines.codes import BATCH_SIZE, fitting_batch_size, write_codes
+from pipelines.code_writing import BATCH_SIZE, fitting_batch_size, write_codes
 from pipelines.images import DataConfig, load_images
 from tests import tiny
 from tests.test_tokenizers import make

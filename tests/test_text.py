@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from pipelines import Pipeline
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint
-from pipelines.codes import CodeDataset, write_codes
+from pipelines.code_writing import write_codes
+from pipelines.codes import CodeDataset
 from pipelines.images import DataConfig, load_images
 from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples

@@ -18,7 +18,8 @@ from benchmarks.peers import Peers, load
 from benchmarks.report import Case, Report
 from benchmarks.tokenizer import CHANNELS, CODES, LATENT, RESIDUAL
 from pipelines.checkpoint import fingerprint
-from pipelines.codes import CodeDataset, write_codes
+from pipelines.code_writing import write_codes
+from pipelines.codes import CodeDataset
 from pipelines.images import DataConfig, ImageDataset, load_images
 from tokenizer import VQVAE2, VQVAE2Config
 
