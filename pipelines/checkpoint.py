@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -83,9 +83,10 @@ def _build(kind: str, registry: dict[str, type], config: dict) -> nn.Module:
             raise ValueError(f"{kind} '{config['type']}' has no field '{option}'{nearest_known(option, known)}")
     config = _typed(model.Config, options)
     _check_sizes(asdict(config))
-    for part, classes in getattr(model, "parts", {}).items():
-        _check_part(part, classes, getattr(config, part))
-    return model(config)
+    parts = {
+        part: _typed_part(part, classes, getattr(config, part)) for part, classes in getattr(model, "parts", {}).items()
+    }
+    return model(replace(config, **parts))
 
 
 def _typed(config_class: type, options: dict):
@@ -98,15 +99,20 @@ def _typed(config_class: type, options: dict):
         return parser.instantiate(parser.parse_object({"config": options})).config
 
 
-def _check_part(name: str, classes: dict[str, type], options: dict) -> None:
-    """Raises ValueError unless the options of a part have the types that it declares; unknown ones are `build`'s."""
+def _typed_part(name: str, classes: dict[str, type], options: dict) -> dict:
+    """The options of a part, of the types that it declares; unknown ones are `build`'s to refuse.
+
+    A number may come as text: YAML reads 1e-4 so.
+    """
     cls = options_holder(lookup(name, classes, str(options.get("type", ""))))
     known = [option for option, p in inspect.signature(cls).parameters.items() if p.default is not p.empty]
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, name, skip=set(inspect.signature(cls).parameters) - set(known))
     _refuse_null(cls, options)
+    declared = {option: value for option, value in options.items() if option in known}
     with _one_line_errors():
-        parser.parse_object({name: {option: value for option, value in options.items() if option in known}})
+        typed = parser.parse_object({name: declared}).get(name, {})
+    return options | {option: typed[option] for option, value in declared.items() if isinstance(value, str)}
 
 
 def _refuse_null(cls: type, options: dict) -> None:

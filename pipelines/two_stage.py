@@ -519,8 +519,6 @@ class Pipeline:
             preprocessing = self.tokenizer.config.preprocessing
             images = torch.stack([preprocess_image(image, preprocessing) for image in images])
         self.tokenizer.check_images(images)
-        if not images.is_floating_point() or not ((images >= 0) & (images <= 1)).all():
-            raise ValueError(f"image tensors must be floating-point in [0, 1], got {images.dtype} {_range(images)}")
         return images.to(self.device)
 
     @torch.no_grad()
@@ -664,7 +662,3 @@ def _check_options(method: Callable, options: dict) -> None:
     for option in options:
         if option not in known:
             raise ValueError(f"{method.__name__} has no option '{option}'{nearest_known(option, known + arguments)}")
-
-
-def _range(images: Tensor) -> str:
-    return f"from {images.min().item():.5g} to {images.max().item():.5g}" if images.numel() else "(empty)"

@@ -192,9 +192,9 @@ def _check_tensor(name: str, value) -> None:
 
 
 def check_positive(config: PriorConfig, *names: str) -> None:
-    """Raises ValueError unless the named fields are at least 1."""
+    """Raises ValueError unless the named fields are finite and at least 1."""
     for name in names:
-        if getattr(config, name) < 1:
+        if not 1 <= getattr(config, name) < math.inf:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 

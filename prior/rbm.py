@@ -51,12 +51,19 @@ class RBMConfig(BitPriorConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "num_chains", "num_sweeps", "burn_in")
+        check_positive(self, "num_chains", "num_sweeps")
+        check_sizes(self)
         if self.sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler '{self.sampler}'; choose from {', '.join(SAMPLERS)}")
-        for name in ("num_temperatures", "ais_chains", "ais_temperatures"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+        if not self.num_temperatures >= 2:
+            raise ValueError(f"num_temperatures must be at least 2, got {self.num_temperatures}")
+
+
+def check_sizes(sizes: "RBMConfig | RBM") -> None:
+    """Raises ValueError unless an estimate of log Z can be made by these sizes."""
+    for name, least in (("burn_in", 1), ("ais_chains", 2), ("ais_temperatures", 2)):
+        if not getattr(sizes, name) >= least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(sizes, name)}")
 
 
 class RBM(BitPrior):
@@ -74,7 +81,7 @@ class RBM(BitPrior):
         burn_in: sweeps that `sample` makes, from a state of `chains` that the image's own noise chooses; `callback`
             follows it.
         ais_chains, ais_temperatures: of estimates of log Z. Like burn_in they start as the configuration's and may be
-            changed; the next estimate follows.
+            changed; the next estimate follows. A saved model has the configuration's.
     Args:
         config: code space, sides and chains.
     """
@@ -271,7 +278,11 @@ class RBM(BitPrior):
         """log Z of the present parameters, computed anew only where they or an estimate's sizes have changed.
 
         Estimates take seconds. They use a seed of their own and the present chains, without moving them.
+
+        Raises:
+            ValueError: a size of an estimate that was set below its least.
         """
+        check_sizes(self)
         parameters = self.boltzmann()
         exact = min(self.num_left, self.num_right) <= LARGEST_SUM
         sizes = () if exact else (self.burn_in, self.ais_chains, self.ais_temperatures)

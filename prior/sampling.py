@@ -127,7 +127,8 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     logits = logits - logits.amax(-1, keepdim=True)
     if options.temperature <= torch.finfo(torch.float32).tiny:
         best = logits.argmax(-1, keepdim=True)
-        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+        # the largest itself, which is 0, and not a number where they are none
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, logits.gather(-1, best))
     if options.temperature != 1:
         logits = logits / options.temperature
     if options.top_k is not None:

@@ -552,6 +552,8 @@ def test_local_latents_may_carry_nothing_while_they_cost_more_than_the_others():
     local = ["collapse of local latents 2x2", "collapse of local latents 4x4"]
     assert sorted(model.complaints()) == ["collapse of bits of group 1", *local]
     assert not any("local_kl_start" in model.complaints()[name] for name in local)
+    at_once = make("dvaepp", **{**options, "kl_warmup_steps": 0})
+    assert [*at_once.complaints()] == ["local_kl_start"]
 
 
 # Convolutional networks with local latents
@@ -712,6 +714,7 @@ def test_a_step_in_float32_may_be_followed_by_one_in_half_precision(name):
         ("concrete", {"prior": {"type": "rbm"}}, "take tokenizer 'gumbolt'"),
         ("gumbolt", {"temperature": 0.0}, "temperature must be above 0, got 0"),
         ("gaussian_integral", {"prior": {"type": "bernoulli"}}, "that of a Boltzmann machine"),
+        ("dvae", {"beta": 89.0}, "beta must be above 0 and at most 80, got 89"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(name, options, message):

@@ -314,6 +314,7 @@ def test_a_broken_configuration_is_refused_by_name(folder, text, message):
     ("changes", "message"),
     [
         ({"latent_dmi": 4}, "no field 'latent_dmi'; did you mean 'latent_dim'?"),
+        ({"network": {"type": "conv", "hidden_dim": "many"}}, "\"network.hidden_dim\": Expected a <class 'int'>"),
         ({"latent_dim": "many"}, "\"latent_dim\": Expected a <class 'int'>"),
         ({"latent_dim": 4.5}, "\"latent_dim\": Expected a <class 'int'>"),
         ({"latent_dim": None}, '"latent_dim" must not be null'),
@@ -339,6 +340,14 @@ def test_a_broken_configuration_is_refused_by_name(folder, text, message):
 def test_a_wrong_value_is_refused_by_name_at_once(folder, changes, message):
     change_config(folder, **changes)
     assert message in refusal(folder)
+
+
+def test_numbers_of_parts_may_be_text_as_yaml_gives_small_ones():
+    text = {"type": "ema_vq", "codebook_size": "16", "decay": "9e-1"}
+    config = {"type": "vqvae", "image_shape": [1, 8, 8]}
+    model = build_tokenizer({**config, "quantizer": text})
+    assert model.config.quantizer == {"type": "ema_vq", "codebook_size": 16, "decay": 0.9}
+    assert model_config(model) == model_config(build_tokenizer({**config, "quantizer": model.config.quantizer}))
 
 
 def test_a_prior_of_many_layers_is_refused_at_once(tmp_path):

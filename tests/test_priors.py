@@ -413,7 +413,7 @@ def test_sampling_keeps_the_training_mode_and_leaves_no_gradient(name):
     assert [module for module in prior.modules() if not module.training] == frozen
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "top_k": 2}, {"temperature": 0.0}], ids=str)
 @pytest.mark.parametrize("name", [name for name in LEARNABLE if name not in tiny.REAL_PRIORS])
 def test_codes_are_never_drawn_from_what_is_not_a_number(name, options):
     prior = build(name, tiny.SPECS["bits"])

@@ -589,6 +589,14 @@ def test_log_z_is_estimated_anew_where_its_sizes_were_raised(name, value):
     assert other.log_partition() == raised
 
 
+@pytest.mark.parametrize(("name", "least"), [("ais_temperatures", 2), ("ais_chains", 2), ("burn_in", 1)])
+def test_log_z_is_not_estimated_by_sizes_that_are_too_small(name, least):
+    rbm = large()
+    setattr(rbm, name, least - 1)
+    with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {least - 1}"):
+        rbm.log_partition()
+
+
 def test_a_refused_log_z_is_mended_as_its_error_says():
     rbm = make(17, 18, 1.0, ais_chains=16, ais_temperatures=3, burn_in=50)
     with pytest.raises(ValueError, match=r"raise ais_temperatures .*\(pipeline.prior.ais_temperatures = 10_000\)"):

@@ -26,3 +26,28 @@ def test_the_baseline_follows_all_micro_batches_of_a_step(name):
 
     assert (moments(0) - moments(1)).abs().min() > 1
     torch.testing.assert_close(moments(0, 1), (moments(0) + moments(1)) / 2)
+
+
+@pytest.mark.parametrize("name", ["nvil", "reinforce"])
+def test_mean_and_variance_are_of_the_signal_less_what_the_baseline_network_predicts(name):
+    model = build_tokenizer({"type": name, **tiny.TOKENIZERS[name], "baseline_decay": 0.0}).train()
+    images = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)]).repeat(4, 1, 1, 1)
+    signals = []
+    bound = model.draw
+
+    def draw(*arguments, **options):
+        log_weights, *others = bound(*arguments, **options)
+        signals.append(log_weights.detach())
+        return log_weights, *others
+
+    model.draw = draw
+    with torch.no_grad():
+        predicted = torch.tensor([50.0, -50.0]).repeat(4)
+        model.baseline = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 1, bias=False))
+        model.mean_image.fill_(0.5)
+        model.baseline[1].weight.fill_(100 / 192)
+    model(images)
+    model.after_step()
+    remaining = signals[0] - predicted
+    torch.testing.assert_close(model.signal_mean, remaining.mean())
+    torch.testing.assert_close(model.signal_variance, remaining.var(correction=0))

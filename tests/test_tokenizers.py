@@ -192,9 +192,18 @@ def test_a_wrong_image_size_is_named(tokenizer):
 def test_an_image_that_has_no_codes_is_refused(tokenizer):
     images = random_images(tokenizer)
     images[1, 0, 2, 3] = math.nan
-    for act in (trained(tokenizer).encode, tokenizer, tokenizer.draw_posterior):
-        with pytest.raises(ValueError, match="the encoder's output is not finite, so it has no codes"):
+    acts = (trained(tokenizer).encode, tokenizer, tokenizer.draw_posterior)
+    for act in acts:
+        with pytest.raises(ValueError, match=r"must be floating-point in \[0, 1\], got torch.float32 from nan to nan"):
             act(images)
+        with pytest.raises(ValueError, match=r"must be floating-point in \[0, 1\], got torch.uint8 from 0 to 200"):
+            act((200 * random_images(tokenizer).round()).byte())
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():
+            parameter.fill_(math.nan)
+    for act in acts:
+        with pytest.raises(ValueError, match="the encoder's output is not finite, so it has no codes"):
+            act(random_images(tokenizer))
 
 
 @pytest.mark.parametrize("value", [math.nan, 3e38])
@@ -397,6 +406,8 @@ def test_a_coarse_code_reaches_its_own_region_of_the_finest_map():
         (lambda: VQVAEConfig(image_shape=(3, 8, 8), downsample_factor=3), "power of two, at least 1, got 3"),
         (lambda: VQVAEConfig(image_shape=(3, 8, 8), latent_dim=0), "latent_dim must be at least 1, got 0"),
         (lambda: VQVAEConfig(image_shape=(2, 8, 8)), "image_shape must be"),
+        (lambda: VQVAEConfig(image_shape=(28, 28)), r"image_shape must be .*, got \(28, 28\)"),
+        (lambda: VQVAEConfig(image_shape=28), "image_shape must be .*, got 28"),
         (lambda: VQVAE2Config(image_shape=(3, 8, 8), downsample_factors=(4, 4)), "must decrease from coarse to fine"),
         (lambda: VQVAE2Config(image_shape=(3, 8, 8), downsample_factors=()), "must decrease from coarse to fine"),
         (lambda: VQVAE2Config(image_shape=(3, 8, 8), downsample_factors=(6, 2)), "power of two, at least 1, got 6"),
@@ -404,6 +415,7 @@ def test_a_coarse_code_reaches_its_own_region_of_the_finest_map():
         (lambda: make("vqvae", quantizer={"type": "ema-vq"}), "unknown quantizer 'ema-vq'; did you mean 'ema_vq'"),
         (lambda: make("vqvae", network={"type": "conv", "width": 3}), "network 'Conv' has no option 'width'"),
         (lambda: make("vqvae", likelihood={}), "likelihood needs a 'type'"),
+        (lambda: make("vqvae", likelihood="normal"), "likelihood must be a dict such as .*, got 'normal'"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(make_bad, message):

@@ -52,10 +52,10 @@ class TokenizerConfig:
     preprocessing: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        object.__setattr__(self, "image_shape", tuple(self.image_shape))  # JSON and YAML give lists
-        channels, height, width = self.image_shape
-        if channels not in (1, 3) or height < 1 or width < 1:
-            raise ValueError(f"image_shape must be (1 or 3, height, width), got {self.image_shape}")
+        shape = self.image_shape
+        object.__setattr__(self, "image_shape", tuple(shape) if isinstance(shape, Sequence) else ())  # JSON gives lists
+        if len(self.image_shape) != 3 or self.image_shape[0] not in (1, 3) or min(self.image_shape) < 1:
+            raise ValueError(f"image_shape must be (1 or 3, height, width), got {shape}")
 
 
 class Tokenizer(nn.Module, ABC):
@@ -191,12 +191,19 @@ class Tokenizer(nn.Module, ABC):
         """To be called once after each optimizer step: codebooks that follow running averages move here."""
 
     def check_images(self, images: Tensor) -> None:
-        """Raises ValueError unless images are (B, C, H, W) of the tokenizer's own shape."""
+        """Raises ValueError unless images are (B, C, H, W) of the tokenizer's own shape, and floating-point.
+
+        Their range is looked at when evaluating only: on a GPU that look would keep each training step waiting.
+        """
         if images.ndim != 4 or tuple(images.shape[1:]) != self.config.image_shape:
             raise ValueError(
                 f"this tokenizer takes images of shape (batch, {', '.join(map(str, self.config.image_shape))}), "
                 f"got {tuple(images.shape)}"
             )
+        looked_at = not self.training and not torch.compiler.is_compiling() and images.numel() > 0
+        if not images.is_floating_point() or (looked_at and not ((images >= 0) & (images <= 1)).all()):
+            values = f"from {images.min().item():.5g} to {images.max().item():.5g}" if images.numel() else ""
+            raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype} {values}")
 
 
 def _start_from_weights(tokenizer: Tokenizer, incompatible_keys) -> None:

@@ -17,15 +17,15 @@ class DVAEConfig(BinaryVAEConfig):
     """Configuration of `DVAE`.
 
     Args:
-        beta: sharpness of the exponential.
+        beta: sharpness of the exponential, at most 80: e^beta is a number of float32.
     """
 
     beta: float = 5.0
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
+        if not 0 < self.beta <= 80:
+            raise ValueError(f"beta must be above 0 and at most 80, got {self.beta}")
 
 
 class DVAE(BinaryVAE):
@@ -66,7 +66,7 @@ class DVAE(BinaryVAE):
         return zeta.clamp(max=1)
 
     def kl_surrogate(self, posterior: Posterior) -> Tensor:
-        """A scalar of value 0 with an unbiased gradient of E_q[energy] - entropy.
+        """A scalar of value 0 with an unbiased gradient of E_q[energy] - entropy, where no q exceeds 0.999.
 
         Bits are those that were drawn, but for the last group, which is summed over. A change of q moves only draws at
         z = 0, from where zeta grows continuously; on the left side, whose zeta is what the right side is inferred from,

@@ -38,8 +38,10 @@ class LatentVAEConfig(TokenizerConfig):
         kl_warmup_steps: steps over which the weight of the KL term rises from 0 to its value.
         local_kl_start: the weight that the KL of the decoder's own local latents goes to 1 from, over the same steps.
             From 0 it rises as that of the others. Above 1 the local latents are dear until the others have learned what
-            they can; otherwise those, which are harder to learn, are often left with nothing to tell.
-        weight_decay: of kernels and gains; half its product with the squared norm is added to the loss.
+            they can; otherwise those, which are harder to learn, are often left with nothing to tell. Without
+            kl_warmup_steps it has no part in training.
+        weight_decay: of kernels and of the gains of batch norms; half its product with the squared norm is added to
+            the loss.
     """
 
     network: dict = field(default_factory=lambda: {"type": "mlp"})
@@ -235,13 +237,18 @@ class LatentVAE(Tokenizer):
     def complaints(self) -> dict[str, str]:
         """Groups of latents that carry nothing; local ones need not while they cost more than the others."""
         found = {}
+        if self.config.local_kl_start and not self.config.kl_warmup_steps:
+            found["local_kl_start"] = (
+                f"tokenizer.local_kl_start {self.config.local_kl_start:g} has no effect: it is the start of a warm-up, "
+                "and tokenizer.kl_warmup_steps is 0"
+            )
         for name, (nats, num_latents) in self.nats_by_group.items():
             is_local = name in self._local_groups
             if nats.item() >= COLLAPSED_NATS_PER_LATENT * num_latents or (is_local and self._local_weight > 1):
                 continue
             advice = "Raise tokenizer.kl_warmup_steps, or give fewer latents"
             if self.has_local_latents and not is_local:
-                advice = "Raise tokenizer.kl_warmup_steps, or let the local latents wait: tokenizer.local_kl_start 4"
+                advice = "Raise tokenizer.kl_warmup_steps, and let the local latents wait: tokenizer.local_kl_start 4"
             found[f"collapse of {name}"] = (
                 f"{name} collapsed: {nats.item():.3g} nats per image in {num_latents} latents, so they tell the "
                 f"decoder next to nothing. {advice}"

@@ -29,6 +29,8 @@ def build(kind: str, registry: dict[str, type], options: dict, **implied):
     Raises:
         ValueError: no or an unknown "type", or an option that the part does not have.
     """
+    if not isinstance(options, dict):
+        raise ValueError(f"{kind} must be a dict such as {{'type': '{next(iter(registry))}'}}, got {options!r}")
     options = dict(options)
     if "type" not in options:
         raise ValueError(f"{kind} needs a 'type'{nearest_known('', registry)}, got {options}")

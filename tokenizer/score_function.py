@@ -34,7 +34,7 @@ class BaselineConfig(BinaryVAEConfig):
     """Configuration of score-function tokenizers with baselines.
 
     Args:
-        baseline_decay: of the running mean and variance of the learning signal.
+        baseline_decay: of the running mean and variance of the learning signal, less its baseline.
     """
 
     baseline_decay: float = 0.9
@@ -78,7 +78,7 @@ class REINFORCE(ScoreFunctionVAE):
             "baseline": (signal - predicted).square().mean() / self.signal_variance.clamp(min=1),
             "log_partition": kl_weight * self.prior.log_partition_loss(),
         }
-        self._gather(log_weights.detach())
+        self._gather(log_weights.detach() - predicted.detach())
         return losses, posterior, decoded
 
     def _gather(self, signal: Tensor) -> None:
@@ -87,7 +87,7 @@ class REINFORCE(ScoreFunctionVAE):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Moves the running mean and variance of the signal, once per step and alike on all processes."""
+        """Moves the running mean and variance, once per step and alike on all processes."""
         super().after_step()
         if self._pending is None:
             return
@@ -101,7 +101,9 @@ class REINFORCE(ScoreFunctionVAE):
 
 
 class NVIL(REINFORCE):
-    """NVIL (Mnih & Gregor 2014, arXiv:1402.0030): REINFORCE with the signal divided by its running deviation too.
+    """NVIL (Mnih & Gregor 2014, arXiv:1402.0030, algorithm 1): the signal, less its baselines, over its deviation.
+
+    That deviation is a running one. One signal serves all groups of bits; local ones (section 2.3.3) are left out.
 
     Args:
         config: see `BaselineConfig`.

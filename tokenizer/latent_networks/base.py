@@ -62,6 +62,6 @@ class LatentNetwork(nn.Module, ABC):
         """
 
     def decayed_weights(self) -> list[nn.Parameter]:
-        """Kernels and gains of normalisations: what weight decay applies to."""
+        """Kernels and gains of batch norms: what weight decay applies to."""
         gains = [m.weight for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         return [p for p in self.parameters() if p.ndim > 1] + gains

@@ -25,7 +25,7 @@ class Quantizer(nn.Module, ABC):
     """Maps each position of a feature map to one code, or to one code per entry of `vocab_sizes` (residual, factored).
 
     The tokenizer puts 1x1 convolutions around it, so `in_channels` and `out_channels` are whatever the method wants.
-    Law: `embed(q(h).codes)` equals `q(h).z` bit for bit when evaluating.
+    Law: `embed(q(h).codes)` equals `q(h).z` bit for bit when evaluating in float32.
     """
 
     in_channels: int

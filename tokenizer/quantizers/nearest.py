@@ -1,4 +1,9 @@
-"""Exact nearest-neighbour search in a codebook, in tiles: the N x K distances never exist all at once."""
+"""Exact nearest-neighbour search in a codebook, in tiles: the N x K distances never exist all at once.
+
+Exact is the arithmetic of float32: |w|^2 / 2 - x.w is compared as computed, so that entries whose distances differ by
+less than its rounding error count as equal. That error is relative to |x| |w|, not to the distance: vectors far from
+the origin, and all on one side of it, are told apart the worse the further they are.
+"""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -18,7 +23,10 @@ FUSED_DEVICE = "cuda"
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the euclidean nearest codebook entry of each vector; the lowest index where several are equally near.
+    """Index of the euclidean nearest codebook entry of each vector, up to float32's rounding.
+
+    Of entries with one and the same computed distance it is the lowest index. Equal entries may have distances that
+    differ in the last bit, since products of matrices sum in an order that depends on the place in them.
 
     Args:
         vectors: (N, D), searched in float32 whatever the dtype and autocast.
