@@ -422,7 +422,9 @@ def test_codes_are_never_drawn_from_what_is_not_a_number(name, options):
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.fill_(torch.nan)
-    with pytest.raises(ValueError, match="are not numbers: the weights are damaged"):
+    cold = name == "rbm" and options.get("temperature") == 0  # which it refuses of sound weights too
+    message = "cannot honour temperature 0" if cold else "are not numbers: the weights are damaged"
+    with pytest.raises(ValueError, match=message):
         prior.sample(2, **options)
 
 
