@@ -119,7 +119,7 @@ class LatentVAE(Tokenizer):
         self.register_buffer("mean_image", torch.full(config.image_shape, 0.5))
         self.nats_by_group: dict[str, tuple[Tensor, int]] = {}
         self._local_groups: set[str] = set()
-        self._local_weight = 1.0  # of the local latents' KL in the last training pass
+        self._kl_weight = 1.0  # in the last training pass
 
     @property
     def has_local_latents(self) -> bool:
@@ -235,20 +235,30 @@ class LatentVAE(Tokenizer):
         return self.config.local_kl_start + (1 - self.config.local_kl_start) * kl_weight
 
     def complaints(self) -> dict[str, str]:
-        """Groups of latents that carry nothing; local ones need not while they cost more than the others."""
+        """Groups of latents that carry nothing; local ones need not while they cost more than the others.
+
+        In the first half of the warm-up none are named: they may only not have begun to learn.
+        """
         found = {}
         if self.config.local_kl_start and not self.config.kl_warmup_steps:
             found["local_kl_start"] = (
                 f"tokenizer.local_kl_start {self.config.local_kl_start:g} has no effect: it is the start of a warm-up, "
                 "and tokenizer.kl_warmup_steps is 0"
             )
+        if self._kl_weight < 0.5:
+            return found
+        local_waits = self.local_kl_weight(self._kl_weight) > 1
         for name, (nats, num_latents) in self.nats_by_group.items():
             is_local = name in self._local_groups
-            if nats.item() >= COLLAPSED_NATS_PER_LATENT * num_latents or (is_local and self._local_weight > 1):
+            if nats.item() >= COLLAPSED_NATS_PER_LATENT * num_latents or (is_local and local_waits):
                 continue
             advice = "Raise tokenizer.kl_warmup_steps, or give fewer latents"
             if self.has_local_latents and not is_local:
-                advice = "Raise tokenizer.kl_warmup_steps, and let the local latents wait: tokenizer.local_kl_start 4"
+                start = 2 * self.config.local_kl_start if self.config.local_kl_start > 1 else 4
+                advice = (
+                    "Raise tokenizer.kl_warmup_steps, and let the local latents wait: "
+                    f"tokenizer.local_kl_start {start:g}"
+                )
             found[f"collapse of {name}"] = (
                 f"{name} collapsed: {nats.item():.3g} nats per image in {num_latents} latents, so they tell the "
                 f"decoder next to nothing. {advice}"
@@ -259,7 +269,7 @@ class LatentVAE(Tokenizer):
         """`objective` of images (and what else a subclass trains with), each row k times."""
         num_draws = self.config.num_draws
         trained = self.objective(*(rows.repeat_interleave(num_draws, dim=0) for rows in inputs), step=step)
-        self._local_weight = self.local_kl_weight(self.kl_weight(step))
+        self._kl_weight = self.kl_weight(step)
         self._remember(trained)
         decay = self.config.weight_decay / 2 * torch.stack([w.square().sum() for w in self.decayed_weights()]).sum()
         return TokenizerOutput(
