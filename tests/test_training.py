@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -34,9 +34,7 @@ from pipelines.training_config import TrainingConfig
 from pipelines.training_states import make_shardable
 from pipelines.validation import validate
 from prior import PRIORS
-from prior.autoregressive import AutoregressivePrior
 from prior.base import CodeSpec
-from prior.bits import BitPrior
 from tests import tiny
 from tokenizer import TOKENIZERS
 from tokenizer.quantizers import QUANTIZERS
@@ -46,10 +44,9 @@ CONFIG = TrainingConfig(
     total_steps=6, batch_size=8, warmup_steps=2, eval_every=3, save_every=2, log_every=2, tracker="none", cpu=True
 )
 DATA = DataConfig(max_images=20, horizontal_flip=True, crop_padding=1)
-TRAINED_PRIORS = [name for name, kind in PRIORS.items() if issubclass(kind, AutoregressivePrior)]
-BIT_PRIORS = [name for name, kind in PRIORS.items() if issubclass(kind, BitPrior)]
+TRAINED_PRIORS = sorted(set(PRIORS) - {"uniform", *tiny.BIT_PRIORS, *tiny.REAL_PRIORS})
 OTHER_TOKENIZERS = sorted(set(TOKENIZERS) - {"vqvae"})
-MODELS = [*(f"vqvae-{name}" for name in sorted(QUANTIZERS)), *OTHER_TOKENIZERS, *TRAINED_PRIORS, *BIT_PRIORS]
+MODELS = [*(f"vqvae-{name}" for name in sorted(QUANTIZERS)), *OTHER_TOKENIZERS, *TRAINED_PRIORS, *tiny.BIT_PRIORS]
 
 
 class Codes(torch.utils.data.Dataset):
@@ -87,10 +84,11 @@ def make(model: str, config: TrainingConfig = CONFIG, noise: bool = True):
         num_values = getattr(getattr(tokenizer, "likelihood", None), "num_values", 256)
         data = DATA if num_values == 256 else replace(DATA, binarize="stochastic")
         return TokenizerLoss(tokenizer), load_images(data, "train"), load_images(data, "validation")
-    if name in BIT_PRIORS:
+    if name in tiny.BIT_PRIORS:
         codes = Codes(tiny.SPECS["bits"])
         return PriorLoss(build_prior({"type": name, **tiny.PRIORS[name], "spec": codes.spec})), codes, codes
-    dropout = dict.fromkeys(("dropout", "class_dropout"), 0.3 if noise else 0.0)
+    known = {field.name for field in fields(PRIORS[name].Config)} & {"dropout", "class_dropout"}
+    dropout = dict.fromkeys(known, 0.3 if noise else 0.0)
     options = {**tiny.PRIORS[name], **dropout, "num_classes": 2, "spec": Codes().spec}
     return PriorLoss(build_prior({"type": name, **options})), Codes(), Codes()
 
@@ -555,7 +553,7 @@ def test_entries_that_are_not_replaced_yet_are_no_collapse():
 
 
 def test_a_prior_says_what_is_wrong_with_it(monkeypatch):
-    objective, *_ = make(BIT_PRIORS[0])
+    objective, *_ = make(tiny.BIT_PRIORS[0])
     monkeypatch.setattr(objective.model, "complaints", lambda: {"chains": "they are frozen"})
     assert objective.complaints() == {"chains": "they are frozen"}
 

@@ -1,6 +1,8 @@
 """The smallest real configuration of every registered name; a law fails by name where one is missing."""
 
+from prior import PRIORS as REGISTERED_PRIORS
 from prior.base import CodeSpec
+from prior.bits import BitPrior
 
 # Small code spaces: one map, a non-square map, two levels, a binary vector, two levels of bits.
 SPECS = {
@@ -11,12 +13,12 @@ SPECS = {
     "powers": CodeSpec(((1, 1), (1, 2)), (4, 2)),
 }
 
-# Code spaces of real numbers: a vector, two levels. One prior takes them and refuses others.
+# Code spaces of real numbers: a vector, two levels. Some priors take them and refuse others.
 REAL_SPECS = {"vector": CodeSpec(((3,),), (None,)), "levels": CodeSpec(((2,), (1, 2)), (None, None))}
-REAL_PRIORS = ("gaussian_mixture",)
+REAL_PRIORS = tuple(name for name, kind in REGISTERED_PRIORS.items() if kind.Config.takes_real)
 
 # Priors over bits take unconditional codes whose vocabularies are powers of two, and refuse others.
-BIT_PRIORS = ("bernoulli", "rbm")
+BIT_PRIORS = tuple(name for name, kind in REGISTERED_PRIORS.items() if issubclass(kind, BitPrior))
 # What makes the codes of a tokenizer such ones.
 POWERS_OF_TWO: dict[str, dict] = {
     "gumbel_softmax": {"num_categories": 4},

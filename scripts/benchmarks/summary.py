@@ -49,7 +49,7 @@ def row(cases: list[dict]) -> list[str]:
     """Cells of cases that differ in the value of their last parameter alone."""
     first, last = all_but_the_last_value(cases[0])
     values = joined(str(case["parameters"][last]) for case in cases)
-    title = ", ".join(f"{name} {value}" for name, value in [*first, (last, values)])
+    title = ", ".join(value if name == "what" else f"{name} {value}" for name, value in [*first, (last, values)])
     found = [compared(case) for case in cases]
     others = ", ".join(dict.fromkeys(one["fastest other"] for one in found if one["fastest other"]))
     ms, *rest = (joined(one[name] for one in found) for name in ("ms", *HEADER[3:]))
@@ -61,7 +61,7 @@ def compared(case: dict) -> dict[str, str]:
     names = list(case["seconds"])
     ours, floors = names[0], [name for name in names if name.startswith("floor")]
     others = [name for name in names[1:] if not name.startswith(("floor", "part"))]
-    cells = dict.fromkeys(HEADER, "") | {"ms": f"{case['seconds'][ours] * 1e3:.3g}"}
+    cells = dict.fromkeys(HEADER, "") | {"ms": three_digits(case["seconds"][ours] * 1e3)}
     if ours in case["peak_bytes"]:
         cells["peak MB"] = megabytes(case["peak_bytes"][ours])
     if floors:
@@ -75,7 +75,12 @@ def compared(case: dict) -> dict[str, str]:
 
 
 def megabytes(peak: int | None) -> str:
-    return "over the limit" if peak is None else f"{peak / 1e6:.3g}"
+    return "over the limit" if peak is None else three_digits(peak / 1e6)
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{float(f'{value:.3g}'):,.12g}"
 
 
 def joined(cells) -> str:
