@@ -1,4 +1,4 @@
-"""Running out of memory, said in one line with the mend."""
+"""Errors for want of memory become one line that says what to change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

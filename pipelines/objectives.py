@@ -109,9 +109,9 @@ class TokenizerLoss(Objective):
 class PriorLoss(Objective):
     """A prior's own losses on codes from disk.
 
-    Values per image: nll (nats per code) and, where codes are integers, bits_per_image (of all its codes). Beside them
-    stand those of what knows nothing, the uniform distribution, and of what knows only how often each code occurs, a
-    unigram table.
+    Values per image: nll (nats per code) and, where codes are integers, bits_per_image (of all its codes). The summary
+    holds, for reference, those of the uniform distribution and of a unigram table, which knows only how often each code
+    occurs.
 
     Args:
         prior: conditional on what the batches hold: "label", or the token ids "text" of captions.

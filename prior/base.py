@@ -170,7 +170,7 @@ class PriorConfig:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each part's own again: not training for all of them, where some are frozen."""
+    """Evaluation mode; afterwards each submodule has its own mode again, since some may be frozen."""
     in_training = [part for part in module.modules() if part.training]
     module.eval()
     try:
@@ -251,7 +251,7 @@ class Prior(nn.Module, ABC):
         Raises:
             ValueError: it is damaged, or holds another class.
         """
-        from pipelines.checkpoint import load_pretrained  # here alone, for the hand's habit: models know no files
+        from pipelines.checkpoint import load_pretrained  # for convenience, here alone: models know no files
 
         return load_pretrained(cls, path_or_id, **options)
 

@@ -16,7 +16,7 @@ MODEL_MODULES = {"abc", "collections", "contextlib", "dataclasses", "difflib", "
 EXCEPTIONS = {
     "prior/torchvision_guard.py": {"glob", "importlib", "os"}, "tokenizer/quantizers/nearest_triton.py": {"triton"},
 }  # fmt: skip
-HABIT = {
+IN_FUNCTIONS = {
     "prior/base.py": {"pipelines"}, "tokenizer/base.py": {"pipelines"},
     "tokenizer/quantizers/nearest.py": {"tokenizer"},
 }  # fmt: skip
@@ -46,14 +46,14 @@ def imported(path: str, inside_functions: bool) -> set[str]:
 def test_a_package_imports_only_those_below_it(path):
     package = path.split("/")[0]
     ours = (imported(path, inside_functions=False) | imported(path, inside_functions=True)) & OURS
-    assert ours - HABIT.get(path, set()) <= ALLOWED[package]
+    assert ours - IN_FUNCTIONS.get(path, set()) <= ALLOWED[package]
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if not path.startswith("pipelines")])
 def test_models_import_torch_and_einops_and_nothing_that_reads_files(path):
     allowed = MODEL_LIBRARIES | MODEL_MODULES | EXCEPTIONS.get(path, set()) | {"prior", "tokenizer"}
     assert imported(path, inside_functions=False) <= allowed
-    assert imported(path, inside_functions=True) <= HABIT.get(path, set())
+    assert imported(path, inside_functions=True) <= IN_FUNCTIONS.get(path, set())
 
 
 @pytest.mark.parametrize("path", SCRIPTS)

@@ -94,7 +94,7 @@ class Tokenizer(nn.Module, ABC):
         Raises:
             ValueError: it is damaged, or holds another class.
         """
-        from pipelines.checkpoint import load_pretrained  # here alone, for the hand's habit: models know no files
+        from pipelines.checkpoint import load_pretrained  # for convenience, here alone: models know no files
 
         return load_pretrained(cls, path_or_id, **options)
 

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.binary_vae import BinaryVAE, Posterior
-from tokenizer.gumbolt import ConcreteConfig
+from tokenizer.gumbolt import GumBoltConfig
 from tokenizer.latent_networks import Decoded
 from tokenizer.latent_vae import importance_weighted, local_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorialConcreteConfig(ConcreteConfig):
+class ConcreteConfig(GumBoltConfig):
     """Configuration of `Concrete`; the prior must be factorial."""
 
     prior: dict = field(default_factory=lambda: {"type": "bernoulli"})
@@ -34,10 +34,10 @@ class Concrete(BinaryVAE):
     Jacobian cancels. With k > 1 draws it is importance-weighted.
 
     Args:
-        config: see `FactorialConcreteConfig`.
+        config: see `ConcreteConfig`.
     """
 
-    Config = FactorialConcreteConfig
+    Config = ConcreteConfig
 
     def bound(self, images: Tensor, kl_weight: float) -> tuple[dict[str, Tensor], Posterior, Decoded]:
         temperature = self.config.temperature

@@ -12,7 +12,7 @@ from tokenizer.latent_vae import importance_weighted, local_rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConcreteConfig(BinaryVAEConfig):
+class GumBoltConfig(BinaryVAEConfig):
     """Configuration of tokenizers with binary Concrete latents.
 
     Args:
@@ -34,10 +34,10 @@ class GumBolt(BinaryVAE):
     objective is a proxy, and what is evaluated is the discrete model. With k > 1 draws it is importance-weighted.
 
     Args:
-        config: see `ConcreteConfig`.
+        config: see `GumBoltConfig`.
     """
 
-    Config = ConcreteConfig
+    Config = GumBoltConfig
 
     def bound(self, images: Tensor, kl_weight: float) -> tuple[dict[str, Tensor], Posterior, Decoded]:
         posterior, features = self.training_pass(images, lambda logits: relax_concrete(logits, self.config.temperature))

@@ -131,7 +131,7 @@ class VQVAE(Tokenizer):
 
     def _features(self, images: Tensor) -> Tensor:
         images = pad_to_multiple(images, self.config.downsample_factor)
-        return self.to_quantizer(self.encoder(channels_last(2 * images - 1)))
+        return self.to_quantizer(self.encoder(to_channels_last(2 * images - 1)))
 
     def _params(self, z: Tensor) -> Tensor:
         _, height, width = self.config.image_shape
@@ -147,7 +147,7 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def channels_last(images: Tensor) -> Tensor:
+def to_channels_last(images: Tensor) -> Tensor:
     """The same (B, C, H, W) with the channels side by side in memory, as the quantizer wants its vectors.
 
     Convolutions are a tenth faster so and hand the layout on. `contiguous` would leave that of one channel undecided.

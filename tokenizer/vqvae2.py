@@ -17,7 +17,7 @@ from tokenizer.networks import NETWORKS
 from tokenizer.networks.factor import num_halvings
 from tokenizer.quantizers import QUANTIZERS
 from tokenizer.registry import build
-from tokenizer.vqvae import channels_last, initialize_by_data, pad_to_multiple
+from tokenizer.vqvae import initialize_by_data, pad_to_multiple, to_channels_last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ class VQVAE2(Tokenizer):
 
     def _features(self, images: Tensor) -> list[Tensor]:
         """Per level, coarse to fine: (B, latent_dim, h, w)."""
-        features = [channels_last(2 * pad_to_multiple(images, self.config.downsample_factors[0]) - 1)]
+        features = [to_channels_last(2 * pad_to_multiple(images, self.config.downsample_factors[0]) - 1)]
         for encoder in reversed(self.encoders):
             features.insert(0, encoder(features[0]))
         return features[:-1]

@@ -33,7 +33,7 @@ class Quantizer(nn.Module, ABC):
     vocab_sizes: tuple[int, ...]
     is_stochastic: bool = False  # whether codes are drawn from a distribution q(codes | h)
     has_fixed_scale: bool = False  # whether h must begin at unit scale, since the code vectors cannot come to meet it
-    settling_steps: int = 0  # training steps after which entries that nothing takes are no longer a matter of course
+    settling_steps: int = 0  # training steps in which unused entries are expected: warnings of collapse wait for them
 
     @abstractmethod
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:

@@ -23,8 +23,9 @@ class Gumbel(Quantizer):
     Args:
         codebook_size: number of entries K, and of channels of the feature map.
         code_dim: width D of an entry.
-        kl_weight: weight of the KL divergence, in nats per position. As the reconstruction is a mean over the pixels'
-            values, codes per such values is the weight of the evidence bound. 5e-4 is that of VQGAN's code.
+        kl_weight: weight of the KL divergence, in nats per position. The reconstruction loss is a mean over the C H W
+            values of an image: (codes per image) / (C H W) makes the sum a multiple of the evidence bound. 5e-4 is
+            that of VQGAN's code.
         temperature_start: temperature at step 0; 1 is DALL-E's.
         temperature_end: temperature from step decay_steps on; 1/16 is DALL-E's.
         decay_steps: steps over which the temperature falls along half a cosine; 150,000 are DALL-E's.

@@ -14,9 +14,9 @@ TILE, COLUMNS = 2**22, 2**13
 PIECE = 1024
 # Candidates per vector, as of a collapsed codebook, beyond which to look at each takes longer than a float32 search
 CANDIDATES = 16
-# Unit roundoffs, in multiples of which the bounds are
+# Unit roundoffs: the bounds are multiples of them
 BFLOAT16, FLOAT32 = 2.0**-8, 2.0**-24
-# What products too small for the units' smallest number may add up to, which they take for 0
+# Bound on a sum of products that the matrix units take for 0, as smaller than their smallest number
 TINY = 2.0**-80
 
 
