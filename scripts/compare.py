@@ -2,12 +2,13 @@
 
     python scripts/compare.py --entries scripts/configs/comparison_mnist.yaml
     python scripts/compare.py --entries scripts/configs/comparison_mnist.yaml --data.root path/to/data --num_draws 100
-    python scripts/compare.py --runs '[runs/mnist-vqvae, runs/mnist-dvaepp]' --output runs/two
+    python scripts/compare.py --runs '[runs/mnist-dvaepp, runs/mnist-gaussian_vae]' --output runs/two
 
 An entries file lists models, a few lines each; --data.*, --stage_one.* and --stage_two.* change what is common to them.
-Run folders are taken as they are, with the evaluation that they have. Run again, the command continues; what is
-finished is not done again. OUTPUT receives comparison.html, one file that needs no network, comparison.md,
-comparison.json, and a folder for each model, which is a run like any other. If a model fails, the others go on.
+Run folders are taken as they are, with the evaluation that they have; their images must be the same as all others'.
+Run again, the command continues; what is finished is not done again. OUTPUT receives comparison.html, one file that
+needs no network, comparison.md, comparison.json, and a folder for each model, which is a run like any other. If a model
+fails, the others go on.
 """
 
 import shlex
@@ -15,19 +16,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.comparison.entries import check_models, read_entries, resolve
-from pipelines.comparison.findings import check_to_come, collect
+from pipelines.comparison.checks import check_before
+from pipelines.comparison.entries import read_entries, resolve
+from pipelines.comparison.findings import collect
 from pipelines.comparison.grids import Grids, draw_all
 from pipelines.comparison.page import write_page
 from pipelines.comparison.progress import Progress
 from pipelines.comparison.report import as_json, terminal_table
-from pipelines.comparison.running import IN_WORDS, RESULT, Runner, members_of
+from pipelines.comparison.running import IN_WORDS, Runner, members_of
 from pipelines.config import parse, peek
 from pipelines.evaluation import Group
-from pipelines.files import folder_lock, read_json, write_json_atomic
-from pipelines.images import DataConfig, load_images
+from pipelines.files import folder_lock, write_json_atomic
+from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
-from pipelines.protocol import comparable
 from pipelines.runs import RUNS, Outcome, choose_device, refuse_several_processes, run_script
 from pipelines.training_config import TrainingConfig
 
@@ -53,7 +54,7 @@ class Options:
         lpips_weights: safetensors file of AlexNet for LPIPS, or download.
         cache: folder where reference statistics and classifiers are kept.
         seed: of draws, samples and the classifier.
-        batch_size: images computed at a time in the evaluation.
+        batch_size: images computed at a time in the evaluation, and for the pictures.
         device: where to evaluate; default an accelerator if there is one.
     """
 
@@ -62,7 +63,7 @@ class Options:
     output: str | None = None
     title: str | None = None
     split: ImageSplit = "test"
-    metrics: list[Group] | None = None
+    metrics: list[Group] | Group | None = None
     num_draws: int = 1
     num_samples: int = 1000
     inception_weights: str | None = None
@@ -81,6 +82,8 @@ def main() -> Outcome:
     runs = [config["runs"]] if isinstance(config["runs"], str) else config["runs"] or []
     if not runs and entries is None:
         raise ValueError("nothing to compare; give --entries FILE, --runs '[FOLDER, FOLDER]' or both")
+    if isinstance(config["metrics"], str):
+        config["metrics"] = [config["metrics"]]
     device = choose_device(config["device"])
     output = Path(config["output"] or RUNS / (Path(path).stem if path else "comparison"))
 
@@ -93,13 +96,7 @@ def main() -> Outcome:
         evaluation={name: config[name] for name in EVALUATION},
         data_source={f"data.{name}": value for name, value in source.items()},
     )
-    results = {m.name: read_json(m.folder / RESULT) for m in members if not m.entry and not runner.missing(m)}
-    comparable(results)
-    if models:
-        check_models(models)
-    if results and len(results) < len(members):
-        images = load_images(DataConfig(**config["data"]), config["split"]) if models else None
-        check_to_come(results, runner.evaluation, images)
+    check_before(members, runner, config["data"] if models else None)
     with folder_lock(output):
         # Training and evaluation of what is missing
         steps = {name: config[name]["total_steps"] for name in sections if name != "data"}
@@ -107,7 +104,7 @@ def main() -> Outcome:
 
         # Table, pictures, page
         findings = collect(members, failures)
-        options = {"split": config["split"], "seed": config["seed"], "device": device}
+        options = {name: config[name] for name in ("split", "seed", "batch_size")} | {"device": device}
         grids = Grids(output / "pictures", **options, data_source=source)
         pictures = draw_all(grids, findings)
         title = config["title"] or (entries and entries["title"]) or output.resolve().name

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ import yaml
 
 from pipelines import Pipeline
 from pipelines.checkpoint import build_prior, fingerprint
+from pipelines.comparison.checks import check_before
 from pipelines.comparison.entries import Entry, check_models, read_entries, resolve
 from pipelines.comparison.progress import Progress, duration
 from pipelines.comparison.running import IN_WORDS, Runner, members_of
 from pipelines.config import differences, read_yaml
 from pipelines.files import write_json_atomic
+from pipelines.images import DataConfig, load_images
 from pipelines.training_config import TrainingConfig
 from prior.base import CodeSpec
 from tests.outline import Outline
@@ -163,7 +166,40 @@ def test_what_is_common_and_what_is_a_models_own_come_together(tmp_path):
 def test_a_model_that_cannot_be_built_is_refused_before_training(tmp_path, model, message):
     entries = resolved(write_entries(tmp_path, [{"name": "x", **model}]))
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_models(entries)
+        check_models(entries, load_images(DataConfig(), "train"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 2}, "num_samples must be at least 10, got 2"),
+        ({"num_draws": 0}, "num_draws must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": 2**64}, "seed must lie in"),
+        ({"metrics": []}, "metrics must name at least one group of likelihood, "),
+        ({"inception_weights": "nosuch.safetensors"}, "there is no file .*nosuch.safetensors"),
+        ({"lpips_weights": "alex.pth"}, "safetensors files only, got 'alex.pth'"),
+        ({"split": "validation"}, "the validation split of .* is empty"),
+        ({}, None),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_is_refused_before_training(tmp_path, options, message):
+    data = {"name": "digits", "binarize": "fixed", "validation_fraction": 0.0}
+    entries = resolved(write_entries(tmp_path, [{"name": "a", "tokenizer": VQ}], data=data))
+    evaluation = {"split": "test", "metrics": None, "num_draws": 1, "num_samples": 10, "inception_weights": None,
+                  "lpips_weights": None, "seed": 0, "batch_size": 8}  # fmt: skip
+    runner = Runner(tmp_path / "out", tmp_path, evaluation | options)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_before(members_of(entries, [], runner.output), runner, entries[0].stage_one["data"])
+
+
+def test_the_run_folders_of_the_example_are_of_the_same_data():
+    (example,) = re.findall(
+        r"--runs '\[(.*?)\]'", (ROOT / "scripts" / "compare.py").read_text().partition('"""\n\n')[0]
+    )
+    recipes = [read_yaml(CONFIGS / f"{name}.yaml") for name in ("dvaepp_mnist", "mnist_gaussian_vae")]
+    assert example.split(", ") == [f"runs/mnist-{recipe['tokenizer']['type']}" for recipe in recipes]
+    assert recipes[0]["data"] == recipes[1]["data"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -587,6 +623,10 @@ def test_a_wrong_command_is_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (
         1, "error: nothing to compare; give --entries FILE, --runs '[FOLDER, FOLDER]' or both\n",
     )  # fmt: skip
+    path = write_entries(tmp_path, [{"name": "a", "tokenizer": VQ}], data={"binarize": "fixed"})
+    done = compare(tmp_path, "--entries", str(path), "--metrics", "likelihood", "--num_samples", "2")
+    assert (done.returncode, done.stderr) == (1, "error: num_samples must be at least 10, got 2\n")
+    assert not (tmp_path / "runs").exists()
     path = write_entries(tmp_path, [{"name": "a", "tokenizer": {**VQ, "latent_dims": 3}}])
     done = compare(tmp_path, "--entries", str(path))
     assert done.returncode == 1

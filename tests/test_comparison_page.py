@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.comparison import charts
+from pipelines.comparison.checks import check_before, check_to_come
 from pipelines.comparison.entries import Entry
-from pipelines.comparison.findings import COLUMNS, check_to_come, collect, training_of
+from pipelines.comparison.findings import COLUMNS, collect, training_of
 from pipelines.comparison.page import best_rows, escape_markdown, protocol_of, write_page
+from pipelines.comparison.plots import charts_of
 from pipelines.comparison.report import as_json, terminal_table
-from pipelines.comparison.running import Failure, Member
+from pipelines.comparison.running import Failure, Member, Runner, members_of
 from pipelines.pictures import save_grid
+from pipelines.protocol import ANY
 from tests.outline import Outline
 
 # Numbers
@@ -69,10 +72,19 @@ def members(tmp_path):
     titles = {"a": "VQ <b>bold</b> & | more", "b": "DVAE++", "c": "third"}
     results = {
         "a": evaluated(
-            100.0, rate_nats=30.0, distortion_nats=70.0, psnr=12.0, codebook_usage_0=1.0, codebook_usage_1=0.5
+            100.0,
+            rate_nats=30.0,
+            distortion_nats=70.0,
+            psnr=12.0,
+            codebook_usage_0=1.0,
+            codebook_usage_1=0.5,
+            position_entropy_0=0.2,
+            position_entropy_1=0.4,
         ),
         "b": evaluated(90.0, rate_nats=20.0, distortion_nats=70.5, psnr=9.5, log_partition=55.0, log_partition_se=0.01),
-        "c": evaluated(1090.0, rate_nats=5.0, distortion_nats=1085.0, psnr=12.0, codebook_usage=0.25),
+        "c": evaluated(
+            1090.0, rate_nats=5.0, distortion_nats=1085.0, psnr=12.0, codebook_usage=0.25, position_entropy=0.5
+        ),
     }
     return [
         Member(name, titles[name], make_run(tmp_path / "runs" / name, results[name], second=name != "b"), None)
@@ -95,24 +107,89 @@ def test_results_of_different_protocols_do_not_stand_in_one_table(members):
         ({"pixels": "none"}, "pixels: 2 discrete values, one fixed draw with seed 0 and 256 discrete values"),
         ({"content": "d" * 64}, "data.content: c+ and d+"),
         ({"num_draws": 1, "metrics": ["codebook"]}, None),
+        ({"num_draws": 1, "measured_draws": f"{ANY}the encoder is deterministic"}, None),
         ({"num_samples": 10}, "'memorisation' of a .*num_samples: 1000 and 10"),
+        ({"seed": 0}, r"'classifier' of a .* \(seed: 3 and 0\); give the options that a was evaluated with"),
+        ({"trained_on": "d" * 64}, "'classifier' of a .*trained_on.content: c+ and d+"),
+        ({"seed": 0, "trained_on": "d" * 64, "metrics": ["likelihood"]}, None),  # which trains no classifier
+        ({"seed": 0, "trained_on": "d" * 64, "inception_weights": "x.safetensors"}, None),
         ({}, None),
     ],
 )
 def test_a_run_that_cannot_stand_beside_what_is_to_come_is_found_before(options, message):
-    options = {"metrics": None, "num_draws": 10, "num_samples": 1000, "inception_weights": None} | options
+    options = {"metrics": None, "num_draws": 10, "num_samples": 1000, "inception_weights": None, "seed": 3} | options
     preprocessing = {"binarize": options.pop("pixels", "fixed"), "binarize_seed": 0}
     identity = PROTOCOL["data"] | {"content": options.pop("content", "c" * 64)}
     images = SimpleNamespace(identity=identity, preprocessing=preprocessing)
+    train_images = SimpleNamespace(identity=PROTOCOL["data"] | {"content": options.pop("trained_on", "c" * 64)})
     result = evaluated(1.0)
+    result["protocol"]["likelihood"]["num_draws"] = options.pop("measured_draws", 10)
+    result["parts"] = [{"seed": 3, "groups": ["classifier", "samples"]}, {"seed": 0, "groups": ["likelihood"]}]
+    result["protocol"]["classifier"] = {"features": {"weights": "w" * 64, "trained_on": PROTOCOL["data"]}}
     result["protocol"]["memorisation"] = {"data": PROTOCOL["data"], "num_samples": 1000, "num_held_out": 7}
-    result["protocol"]["samples"] = {"num_samples": 5}  # in the features of Inception, which others will not have
+    result["protocol"]["samples"] = {"num_samples": 1000}  # in the features of Inception, which others may not have
     if message is None:
-        check_to_come({"a": result}, options, images)
+        check_to_come({"a": result}, options, images, train_images)
         check_to_come({"a": result}, options)
     else:
         with pytest.raises(ValueError, match=message):
-            check_to_come({"a": result}, options, images)
+            check_to_come({"a": result}, options, images, train_images)
+
+
+BITS = {"channels": 1, "binarize": "fixed", "binarize_seed": 0}
+GREY = {"channels": 1, "binarize": "none"}
+OTHER_PIXELS = r"preprocessing.binarize: fixed and none; preprocessing.binarize_seed: 0 and \(absent\)"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"preprocessing": GREY}, rf"a and b cannot stand in one table, their images differ \({OTHER_PIXELS}\); comp"),
+        ({"name": "FashionMNIST"}, r"their images differ \(name: MNIST and FashionMNIST\)"),
+        ({"split": "validation"}, r"their images differ \(split: test and validation\)"),
+        ({"content": "d" * 64}, r"their images differ \(content: c+ and d+\)"),
+        ({"split_seed": 7}, None),  # of data whose test split it does not change
+    ],
+)
+def test_models_of_different_images_do_not_stand_in_one_table_though_they_share_no_metric(tmp_path, other, message):
+    of_bits, of_others = evaluated(100.0), evaluated(1.0)
+    of_bits["data"] = PROTOCOL["data"] | {"preprocessing": BITS, "split_seed": 0}
+    of_others["data"] = of_bits["data"] | other
+    of_others |= {"metrics": {"perplexity": 3.0}, "groups": {"codebook": ["perplexity"]}, "protocol": {"codebook": {}}}
+    members = [
+        Member(name, name, make_run(tmp_path / name, result), None)
+        for name, result in {"a": of_bits, "b": of_others}.items()
+    ]
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        collect(members, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "preprocessing", "message"),
+    [
+        ("MNIST", GREY, rf"a and b cannot stand in one table, their images differ \({OTHER_PIXELS}\)"),
+        ("Omniglot", BITS, "name: MNIST and Omniglot"),
+        ("MNIST", BITS, None),
+    ],
+)
+@pytest.mark.parametrize("measured", ["", "a", "b"])
+def test_run_folders_of_different_images_are_refused_before_they_are_evaluated(
+    tmp_path, name, preprocessing, message, measured
+):
+    for run, data_name, of in (("a", "MNIST", BITS), ("b", name, preprocessing)):
+        result = evaluated(1.0)
+        result["data"] = PROTOCOL["data"] | {"name": data_name, "preprocessing": of}
+        folder = make_run(tmp_path / run, result)
+        (folder / "tokenizer" / "config.json").write_text(json.dumps({"preprocessing": of}))
+        (folder / "stage_one" / "config.yaml").write_text(yaml.safe_dump({"data": {"name": data_name}}))
+        if run not in measured:
+            (folder / "evaluation.json").unlink()
+    options = {"split": "test", "metrics": None, "num_draws": 10, "num_samples": 10, "inception_weights": None,
+               "lpips_weights": None, "seed": 0, "batch_size": 8}  # fmt: skip
+    runner = Runner(tmp_path / "out", tmp_path, options)
+    members = members_of([], [str(tmp_path / "a"), str(tmp_path / "b")], runner.output)
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_before(members, runner)
 
 
 def test_the_seconds_of_training_are_those_of_its_steps(tmp_path):
@@ -132,6 +209,7 @@ def test_a_shared_tokenizer_counts_as_trained_once_for_each_that_uses_it(tmp_pat
 def test_levels_of_codes_are_summed_up_in_one_column(members):
     findings = collect(members, {})
     assert [row.get("codebook_usage") for row in findings.rows] == [0.75, None, 0.25]
+    assert [row.get("position_entropy") for row in findings.rows] == [pytest.approx(0.3), None, 0.5]
 
 
 def test_curves_are_in_nats_per_image(members):
@@ -139,6 +217,32 @@ def test_curves_are_in_nats_per_image(members):
     assert curves["distortion"][0].points == [(10, pytest.approx(0.2 * 784)), (20, pytest.approx(0.1 * 784))]
     assert curves["codes"][0].points == [(10, pytest.approx(0.2 * math.log(2))), (20, pytest.approx(0.1 * math.log(2)))]
     assert [curve.name for curve in curves["codes"]] == ["a", "c"]
+
+
+# Of each group of metrics and each data set, what its columns show
+OF_GROUPS = [
+    ("samples", {"inception_score_classifier": 3.5, "inception_score_classifier_std": 0.1},
+     {"Inception score of a classifier ↑": "3.50"}),
+    ("samples", {"inception_score": 3.5}, {"Inception score ↑": "3.50"}),
+    ("memorisation", {"copying": 0.53, "nearest_train_sample": 0.125, "nearest_train_held_out": 0.25},
+     {"copying": "0.530", "nearest, of samples": "0.1250", "nearest, of held-out": "0.2500"}),
+    ("local", {"class_agreement": 0.686, "class_agreement_se": 0.01, "class_agreement_by_chance": 0.1},
+     {"same class (%) ↑": "68.6 ± 1.0", "same class, by chance (%)": "10.0"}),
+    ("codebook", {"position_entropy": 0.5}, {"position entropy (nats)": "0.500"}),
+    ("ood_a|b", {"ood_auroc_a|b": 0.9, "ood_nats_a|b": 70.0}, {r"AUROC, a\|b ↑": "0.900"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("group", "metrics", "shown"), OF_GROUPS)
+def test_each_group_that_was_measured_has_its_columns(tmp_path, group, metrics, shown):
+    result = evaluated(1.0) | {"metrics": metrics, "groups": {group: list(metrics)}, "protocol": {group: {}}}
+    members = [Member(name, name, make_run(tmp_path / name, result), None) for name in ("a", "b")]
+    write_page(collect(members, {}), tmp_path, title="t", command="c", pictures={})
+    head, _, row = re.findall(r"^\|.*\|$", (tmp_path / "comparison.md").read_text(), re.MULTILINE)[:3]
+    head, row = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in (head, row))
+    assert shown.items() <= dict(zip(head, row)).items()
+    html = {text for _, text in Outline((tmp_path / "comparison.html").read_text()).all("td")}
+    assert set(shown.values()) <= html
 
 
 def test_the_best_is_the_lowest_the_highest_or_none():
@@ -246,6 +350,13 @@ def test_the_page_names_the_seeds_and_versions_of_all_evaluations(members):
     }
 
 
+def test_the_page_says_how_many_draws_there_were_where_that_mattered(members):
+    result = evaluated(1.0)
+    result["protocol"]["likelihood"]["num_draws"] = f"{ANY}the encoder is deterministic"
+    (members[0].folder / "evaluation.json").write_text(json.dumps(result))
+    assert dict(dict(protocol_of(collect(members, {})))["likelihood"])["num draws"] == "10"
+
+
 def test_the_markdown_has_the_same_table(page):
     path, findings = page
     text = path.with_suffix(".md").read_text()
@@ -284,6 +395,18 @@ def test_the_terminal_shows_aligned_columns_and_json_all(members):
 
 # Charts
 # --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_a_model_whose_bound_is_nan_is_charted_with_the_others(tmp_path, order):
+    whole, broken = evaluated(100.0), evaluated(1.0, distortion_nats=70.0, rate_nats=3.0)
+    for result in (whole, broken):
+        result["protocol"]["likelihood"]["pixels"] = "256 discrete values, no dequantisation"
+    del broken["metrics"]["nats"], broken["metrics"]["bits_per_dim"]
+    results = {"a": whole, "b": broken}
+    findings = collect([Member(name, name, make_run(tmp_path / name, results[name]), None) for name in order], {})
+    assert all("bits/dim" in chart.svg for chart in charts_of(findings))
+
 
 VALUES = st.floats(-1e6, 1e6, allow_nan=False).map(lambda value: round(value, 4))
 

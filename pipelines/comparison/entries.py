@@ -31,7 +31,7 @@ import yaml
 
 from pipelines.checkpoint import build_prior, build_tokenizer
 from pipelines.config import Polymorphic, parse, read_yaml
-from pipelines.images import DataConfig, load_images
+from pipelines.images import DataConfig, ImageDataset
 from pipelines.training_config import TrainingConfig
 from prior import PRIORS
 from tokenizer import TOKENIZERS
@@ -202,13 +202,15 @@ def _fill_in(recipe: dict, sections: dict, options: type, where: str) -> dict:
             raise ValueError(f"{where}: {message}") from error
 
 
-def check_models(entries: Sequence[Entry]) -> None:
+def check_models(entries: Sequence[Entry], images: ImageDataset) -> None:
     """Builds every model once, so that none is found impossible after the others were trained.
 
+    Args:
+        entries: the models.
+        images: what they will be trained on.
     Raises:
         ValueError: a model that cannot be built for these data, or a prior for these codes; the model is named.
     """
-    images = load_images(DataConfig(**entries[0].stage_one["data"]), "train")
     tokenizers = {}
     for entry in entries:
         try:

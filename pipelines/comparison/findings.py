@@ -4,12 +4,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 from pipelines.comparison.running import IN_WORDS, RESULT, Failure, Member
 from pipelines.config import differences, read_yaml
 from pipelines.files import read_json
-from pipelines.protocol import comparable, pixels_of
+from pipelines.protocol import comparable
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,44 @@ COLUMNS = (
     Column("fid", "FID", "", "lower", 2, "Frechet distance of Inception features: samples and training images."),
     Column("fid_classifier", "FID\u00a0of a\u00a0classifier", "", "lower", 2,
            "As FID, in the features of a small classifier trained on these data; it compares with no other FID."),
+    Column("inception_score", "Inception\u00a0score", "", "higher", 2,
+           "exp of the mutual information of samples and their classes, by Inception; a mean over ten parts of them."),
+    Column("inception_score_classifier", "Inception\u00a0score of a\u00a0classifier", "", "higher", 2,
+           "As the Inception score, by a small classifier trained on these data; it compares with no other score."),
     Column("precision", "precision", "", "higher", 3, "Share of samples that lie among the training images' features."),
     Column("precision_classifier", "precision\u00a0of a\u00a0classifier", "", "higher", 3,
            "Share of samples that lie among the training images, in the features of the small classifier."),
     Column("recall", "recall", "", "higher", 3, "Share of training images that lie among the samples' features."),
     Column("recall_classifier", "recall\u00a0of a\u00a0classifier", "", "higher", 3,
            "Share of training images that lie among the samples, in the features of the small classifier."),
+    Column("copying", "copying", "", None, 3,
+           "Probability that a sample lies nearer to the training images than a reconstruction of a held-out image: "
+           "1/2 for samples of the data's own distribution, towards 1 for copies."),
+    Column("nearest_train_sample", "nearest, of\u00a0samples", "", None, 4,
+           "Mean distance (of pixels in [0, 1]) from samples to the nearest training image."),
+    Column("nearest_train_held_out", "nearest, of\u00a0held-out", "", None, 4,
+           "The same from reconstructions of held-out images to the nearest training image."),
+    Column("class_agreement", "same\u00a0class", "%", "higher", 1,
+           "Share of pairs of images of the same codes that the small classifier takes for the same class; ± is over "
+           "pairs.", "class_agreement_se"),
+    Column("class_agreement_by_chance", "same\u00a0class, by\u00a0chance", "%", None, 1,
+           "The same share of pairs of images whose codes are drawn one by one."),
     Column("codebook_usage", "codes used", "%", "higher", 1, "Share of the codes that occur; a mean over levels."),
     Column("perplexity", "perplexity", "codes", None, 1,
            "exp of the entropy of the codes' frequencies; a geometric mean over levels."),
+    Column("position_entropy", "position\u00a0entropy", "nats", None, 3,
+           "Entropy of the codes' frequencies at one position, a mean over positions and levels."),
     Column("log_partition", "log Z", "nats", None, 2,
            "Normaliser of a Boltzmann prior; ± is the standard error of its estimate.", "log_partition_se"),
     Column("prior_nats_per_code", "prior", "nats/code", None, 3, "Nats per code under the prior."),
     Column("unigram_nats_per_code", "unigram", "nats/code", None, 3,
            "Nats per validation code under how often each code occurs in training: what a prior must beat."),
     Column("uniform_nats_per_code", "uniform", "nats/code", None, 3, "Nats per code where all are equally likely."),
+)  # fmt: skip
+# Of data sets that were to be told apart, whose names are a part of the metrics'
+OOD = "ood_auroc_"
+# What models and their training take
+COSTS = (
     Column("tokenizer_parameters", "tokenizer", "parameters", None, 0, "Parameters of the tokenizer."),
     Column("prior_parameters", "prior", "parameters", None, 0,
            "Parameters of the second stage, or of the prior that was learned with the tokenizer."),
@@ -72,7 +96,10 @@ COLUMNS = (
 LEVELS = {
     "codebook_usage": lambda values: sum(values) / len(values),
     "perplexity": lambda values: math.exp(sum(map(math.log, values)) / len(values)),
+    "position_entropy": lambda values: sum(values) / len(values),
 }
+# Of what identifies images, what makes them others; see `ImageDataset`
+IDENTITY = ("name", "split", "content", "preprocessing")
 
 
 @dataclass(frozen=True)
@@ -101,20 +128,29 @@ class Findings:
     @property
     def columns(self) -> list[Column]:
         """Those in which any model has a value."""
-        return [column for column in COLUMNS if any(row.get(column.metric) is not None for row in self.rows)]
+        metrics = dict.fromkeys(name for row in self.rows for name, value in row.items() if value is not None)
+        others = [ood_column(name.removeprefix(OOD)) for name in metrics if name.startswith(OOD)]
+        return [column for column in (*COLUMNS, *others, *COSTS) if column.metric in metrics]
 
     def note_missing(self, metric: str, reason: str, member: Member) -> None:
         self.not_measured.setdefault((metric, reason), []).append(member.title)
+
+
+def ood_column(name: str) -> Column:
+    """Of how well log p(x) tells another data set from this one."""
+    meaning = f"Probability that the bound on log p(x) is higher for an image of these data than for one of {name}."
+    return Column(f"{OOD}{name}", f"AUROC, {name}", "", "higher", 3, meaning)
 
 
 def collect(members: Sequence[Member], failures: dict[str, Failure]) -> Findings:
     """Reads the results of the members that did not fail.
 
     Raises:
-        ValueError: two were measured by different protocols, or none was measured.
+        ValueError: two are of different images, or were measured by different protocols.
     """
     present = [member for member in members if member.name not in failures]
     results = {member.name: read_json(member.folder / RESULT) for member in present}
+    check_same_data({name: result["data"] for name, result in results.items()})
     comparable(results)
     rows = []
     for member in present:
@@ -133,39 +169,21 @@ def collect(members: Sequence[Member], failures: dict[str, Failure]) -> Findings
     return findings
 
 
-def check_to_come(results: dict[str, dict], evaluation: dict, images=None) -> None:
-    """Raises ValueError where results may not stand in one table with those that are yet to be measured.
-
-    Only what is known of their protocols before any training is looked at, `comparable` sees the rest.
+def check_same_data(data: dict[str, dict]) -> None:
+    """Raises ValueError where two members are of different images.
 
     Args:
-        results: of run folders, by name.
-        evaluation: options of evaluate.py for those to come.
-        images: what they will be evaluated on; None if that is not known.
+        data: identities of images, see `ImageDataset`, or what is known of them, by name of the member.
     """
-    draws, samples = ({name: evaluation[name]} for name in ("num_draws", "num_samples"))
-    data = {} if images is None else {"data": images.identity}
-    pixels = {} if images is None else {"pixels": pixels_of(images.preprocessing)}
-    feature_space = "" if evaluation["inception_weights"] else "_classifier"
-    protocols = {
-        "likelihood": ("likelihood", data | pixels | draws),
-        "reconstruction": ("reconstruction", data),
-        "codebook": ("codebook", data),
-        "samples": (f"samples{feature_space}", samples),
-        "memorisation": ("memorisation", data | samples),
-    }
-    for name, result in results.items():
-        for option, (group, expected) in protocols.items():
-            if option not in (evaluation["metrics"] or protocols):
-                continue
-            found = result["protocol"].get(group)
-            changed = found and differences({field: found.get(field) for field in expected}, expected)
-            if changed:
-                listed = "; ".join(f"{field}: {old} and {new}" for field, (old, new) in changed.items())
-                raise ValueError(
-                    f"'{group}' of {name} cannot stand in one table with what is yet to be measured, by another "
-                    f"protocol ({listed}); give the options that {name} was evaluated with, or evaluate it anew"
-                )
+    for (first, of_first), (second, of_second) in combinations(data.items(), 2):
+        known = [field for field in IDENTITY if field in of_first and field in of_second]
+        changed = differences({field: of_first[field] for field in known}, {field: of_second[field] for field in known})
+        if changed:
+            listed = "; ".join(f"{field}: {old} and {new}" for field, (old, new) in changed.items())
+            raise ValueError(
+                f"{first} and {second} cannot stand in one table, their images differ ({listed}); compare models of "
+                "the same data, evaluated on the same split"
+            )
 
 
 def training_folder(member: Member, stage: str) -> Path:

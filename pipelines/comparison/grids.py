@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from pipelines.batches import derived_seed
 from pipelines.comparison.findings import Findings
 from pipelines.comparison.running import PRIOR, TOKENIZER, Member
+from pipelines.drawing import decode_codes, encode_images, one_generator_each
 from pipelines.files import read_json, sha256_file, write_json_atomic
 from pipelines.images import DataConfig, ImageDataset
 from pipelines.pictures import save_grid, side_by_side
-from pipelines.runs import load_images_for, saved_data_section
+from pipelines.runs import check_held_out, load_images_for, saved_data_section
 from pipelines.two_stage import Pipeline
 
 COLUMNS = 8
@@ -27,7 +29,7 @@ class Grids:
         split: of the images to reconstruct.
         seed: of the samples.
         device: where to compute.
-        batch_size: samples drawn at a time.
+        batch_size: images computed at a time.
         data_source: fields of `DataConfig` that say where the files of the entries' data are now.
     """
 
@@ -58,7 +60,7 @@ class Grids:
             if known["of"] == of:
                 return known["parameters"]
         pipeline = Pipeline.from_pretrained(member.folder, device=self.device)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(disable=None, leave=False)
         self._reconstruct(pipeline, member)
         self._sample(pipeline, member)
         parameters = count_parameters(pipeline)
@@ -72,7 +74,10 @@ class Grids:
         keys = torch.linspace(0, len(images) - 1, count // columns * columns).long().tolist()
         originals = images.collate(images.__getitems__(keys))["image"]
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "reconstruction"))
-        decoded = pipeline.reconstruct(originals, generator=generator, output_type="pt").float().cpu()
+        generators = one_generator_each(len(originals), generator)
+        batch = pipeline.prepare(originals).to(pipeline.dtype)
+        codes = encode_images(pipeline.tokenizer, batch, batch_size=self.batch_size)
+        decoded = decode_codes(pipeline.tokenizer, codes, generators, batch_size=self.batch_size).float().cpu()
         save_grid(side_by_side(originals, decoded, columns), self.path(member, "reconstructions"), columns=columns)
 
     def _sample(self, pipeline: Pipeline, member: Member) -> None:
@@ -86,7 +91,10 @@ class Grids:
             section = section | self.data_source
         key = repr(sorted(section.items()))
         if key not in self._images:
-            self._images[key] = load_images_for(pipeline.tokenizer, DataConfig(**section), self.split)
+            config = DataConfig(**section)
+            self._images[key] = load_images_for(pipeline.tokenizer, config, self.split, run=member.folder)
+        else:
+            check_held_out(member.folder, self._images[key])
         return self._images[key]
 
 
@@ -101,7 +109,8 @@ def count_parameters(pipeline: Pipeline) -> dict[str, int]:
 def draw_all(grids: Grids, findings: Findings) -> dict[str, dict[str, Path]]:
     """{name: {kind: file}}; numbers of parameters are entered into the rows, and why a picture is missing is noted."""
     pictures: dict[str, dict[str, Path]] = {}
-    for member, row in zip(findings.members, findings.rows):
+    rows = list(zip(findings.members, findings.rows))
+    for member, row in tqdm(rows, desc="drawing pictures", unit="model", disable=None):
         try:
             row |= grids.draw(member)
         except (ValueError, OSError) as error:

@@ -18,6 +18,7 @@ from pipelines.comparison.running import IN_WORDS, Member
 from pipelines.comparison.templates import CSS, HTML, MARKDOWN, SCRIPT
 from pipelines.config import read_yaml
 from pipelines.files import atomic_file
+from pipelines.protocol import is_any
 
 MISSING = "–"
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
@@ -144,7 +145,9 @@ def protocol_of(findings: Findings) -> list[tuple[str, list[tuple[str, str]]]]:
     seeds: set[int] = set()
     versions: dict[str, set[str]] = {}
     for result in findings.results.values():
-        groups = {**result["protocol"], **groups}
+        for group, fields in result["protocol"].items():
+            said_of = groups.setdefault(group, {})
+            said_of |= {name: v for name, v in fields.items() if name not in said_of or is_any(said_of[name])}
         for part in result.get("parts", [result]):  # of several evaluations
             seeds.add(part["seed"])
             for name, version in part["versions"].items():

@@ -76,6 +76,6 @@ def unit_of(findings: Findings) -> tuple[float, str]:
     """By what nats per image are multiplied in charts, and the unit that they then have."""
     for row, result in zip(findings.rows, findings.results.values()):
         pixels = result["protocol"].get("likelihood", {}).get("pixels", "")
-        if pixels.startswith("256") and row["nats"]:
+        if pixels.startswith("256") and row.get("nats"):  # which a model whose bound is NaN does not have
             return row["bits_per_dim"] / row["nats"], "bits/dim"
     return 1.0, "nats per image"

@@ -7,7 +7,7 @@ from pipelines.comparison.page import not_measured, protocol_of, with_error
 
 # The most that stand beside each other in a terminal; the page has all
 IN_TERMINAL = ("nats", "bits_per_dim", "rate_nats", "distortion_nats", "psnr", "fid", "fid_classifier",
-               "codebook_usage", "stage_one_seconds", "stage_two_seconds")  # fmt: skip
+               "copying", "class_agreement", "codebook_usage", "stage_one_seconds", "stage_two_seconds")  # fmt: skip
 
 
 def terminal_table(findings: Findings) -> str:

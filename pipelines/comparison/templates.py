@@ -32,7 +32,7 @@ HTML = """\
 <h2>Numbers</h2>
 {% if rows %}
 <p>Click a heading to sort. ↓ lower is better, ↑ higher is better, the best is <b class="best">marked</b>;
-± is one standard error over images.</p>
+± is one standard error.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="Table of numbers; it scrolls sideways">
 <table id="table">
 <thead>
@@ -168,7 +168,7 @@ MARKDOWN = """\
 ## Numbers
 
 {% if rows %}
-↓ lower is better, ↑ higher is better, the best is bold; ± is one standard error over images.
+↓ lower is better, ↑ higher is better, the best is bold; ± is one standard error.
 
 | model |{% for column in columns %} {{ (column.full_label ~ ' ' ~ column.arrow) | md }} |{% endfor %}
 
