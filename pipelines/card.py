@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCardData
 
-from pipelines.report import format_rows
+from pipelines.report import format_rows, parts_of
 
 
 def model_card(pipeline) -> str:
@@ -68,20 +68,25 @@ def _metrics_table(metrics: dict) -> str:
 
 def _evaluations(evaluations: dict) -> str:
     """How the numbers of `scripts/evaluate.py` came about."""
-    parts = []
+    sections = []
     for split, evaluation in evaluations.items():
-        data = evaluation["data"]
-        versions = ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items())
         lines = [
             f"\n### Numbers of the {split} images\n",
-            f"```bash\n{evaluation['command']}\n```\n",
-            f"- data: {_data(data)}",
+            *map(_part, parts_of(evaluation)),
+            f"- data: {_data(evaluation['data'])}",
             *(f"- {group}: {_protocol(fields)}" for group, fields in evaluation["protocol"].items()),
             *(f"- not measured, {name}: {reason}" for name, reason in evaluation["not_measured"].items()),
-            f"- versions: {versions}; seed {evaluation['seed']}\n",
+            "",
         ]
-        parts.append("\n".join(lines))
-    return "".join(parts)
+        sections.append("\n".join(lines))
+    return "".join(sections)
+
+
+def _part(part: dict) -> str:
+    """Which groups one evaluation measured, and by what; those not measured anew are of an earlier one."""
+    versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+    groups = ", ".join(part["groups"])
+    return f"{groups}: seed {part['seed']}, {versions}\n\n```bash\n{part['command']}\n```\n"
 
 
 def _protocol(fields: dict) -> str:

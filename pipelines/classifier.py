@@ -70,13 +70,13 @@ def classifier_features(
     threads; the protocol holds a hash of its weights.
 
     Raises:
-        NotMeasurableError: the images have no labels.
+        NotMeasurableError: the images have labels of fewer than 2 classes.
     """
     num_classes, channels = train_images.num_classes, train_images.image_shape[0]
     if num_classes < 2:
         raise NotMeasurableError(
-            "a classifier of the data set needs labels of at least 2 classes, and these images have none; "
-            "give the weights of Inception"
+            "a classifier of the data set needs labels of at least 2 classes, and these images have "
+            f"{num_classes or 'none'}; give the weights of Inception"
         )
     recipe = {**RECIPE, "seed": seed, "trained_on": train_images.identity}
     with own_randomness(seed, torch.device("cpu")):

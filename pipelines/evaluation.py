@@ -25,7 +25,8 @@ from pipelines.image_quality import (
     save_neighbours,
 )
 from pipelines.likelihood import (
-    evaluate_likelihood,
+    LogLikelihoods,
+    likelihood_metrics,
     log_likelihoods,
     log_partition_metrics,
     prior_labels,
@@ -34,7 +35,7 @@ from pipelines.likelihood import (
 from pipelines.metrics import MOST_COUNTED, NotMeasurableError
 from pipelines.ood import auroc, load_other
 from pipelines.pretrained import inception_features, lpips_network
-from pipelines.protocol import pixels_of, versions
+from pipelines.protocol import ANY, pixels_of, versions
 from pipelines.reconstruction import SSIM_WINDOW, Reconstructions, reconstruct
 from tokenizer.registry import nearest_known
 
@@ -64,7 +65,7 @@ def evaluate(
 ) -> dict:
     """Measures a pipeline.
 
-    - likelihood: see `evaluate_likelihood`, with `log_partition_metrics` for a Boltzmann prior, and
+    - likelihood: see `likelihood_metrics`, with `log_partition_metrics` for a Boltzmann prior, and
       uniform_nats_per_code, which a prior must beat, beside prior_nats_per_code.
     - reconstruction: psnr (dB, mean over images), mse, ssim, lpips, and rfid: the Frechet distance between features of
       reconstructions and of their originals.
@@ -91,7 +92,8 @@ def evaluate(
         num_samples: samples drawn for the last three groups.
         batch_size: images computed at a time.
         seed: of draws, samples and the classifier. Torch's own generators are left as they were.
-        inception_weights, lpips_weights: a safetensors file or "download"; see `pipelines.pretrained`.
+        inception_weights, lpips_weights: a safetensors file or "download"; see `pipelines.pretrained`. What a download
+            that fails would have measured is missing, with its reason.
         ood: other data sets, see `pipelines.ood.load_other`.
         folder: where pictures go; None makes none.
         cache: where reference statistics and classifiers are kept, with their protocols; None keeps none.
@@ -100,10 +102,11 @@ def evaluate(
         not_measured {group or metric: why}; pictures {subject: file}; data, the identity of `images`; weights, the
         fingerprints of what was measured; seed; versions.
     Raises:
-        ValueError: an argument out of range, weights or a data set that cannot be had, or nothing that can be measured.
+        ValueError: an argument out of range, a file of other weights, a data set that cannot be had, or nothing that
+            can be measured.
     """
-    _check_arguments(metrics, images, train_images, num_draws=num_draws, num_samples=num_samples,
-                     batch_size=batch_size, seed=seed)  # fmt: skip
+    check_numbers(num_draws=num_draws, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    _check_arguments(metrics, images, train_images)
     if not (metrics is None or metrics or ood):
         raise ValueError(f"metrics must name at least one group of {', '.join(GROUPS)}; leave it out for all")
     short_names = _short_names(ood)
@@ -111,15 +114,18 @@ def evaluate(
     folder, cache = (None if path is None else Path(path) for path in (folder, cache))
     # What may be refused comes before any work
     others = {short: load_other(name, images) for short, name in short_names.items()}
-    lpips_parts = lpips_network(lpips_weights, device=pipeline.device) if lpips_weights else None
-    inception = inception_features(inception_weights, device=pipeline.device) if inception_weights else None
     if metrics is None and not pipeline.tokenizer.has_local_latents:
         chosen.remove("local")  # a reason why it is missing would only be noise
-    weights = weights_of(pipeline)
     measure = Evaluation(
-        pipeline, images, train_images, chosen, num_draws, num_samples, batch_size, seed, inception, lpips_parts,
-        folder, cache,
-    )  # fmt: skip
+        pipeline, images, train_images, chosen, num_draws, num_samples, batch_size, seed, folder, cache
+    )
+    if lpips_weights:
+        with measure.attempt("lpips"):
+            measure.lpips_parts = lpips_network(lpips_weights, device=pipeline.device)
+    if inception_weights:
+        with measure.attempt("fid"):
+            measure.inception = inception_features(inception_weights, device=pipeline.device)
+    weights = weights_of(pipeline)
     for group in GROUPS:
         if group in chosen:
             with measure.attempt(group):
@@ -132,14 +138,18 @@ def evaluate(
     return {**measure.findings(), "data": images.identity, "weights": weights, "seed": seed, "versions": versions()}
 
 
-def _check_arguments(metrics: Sequence[str] | None, images, train_images, **numbers: int) -> None:
-    for group in metrics or ():
-        if group not in GROUPS:
-            raise ValueError(f"there are no metrics '{group}'{nearest_known(group, GROUPS)}")
+def check_numbers(**numbers: int) -> None:
+    """Raises ValueError unless num_draws, num_samples, batch_size and seed, those that are given, are in range."""
     least = {"num_samples": 10, "seed": 0}
     for name, value in numbers.items():
         if value < least.get(name, 1):
             raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
+
+
+def _check_arguments(metrics: Sequence[str] | None, images, train_images) -> None:
+    for group in metrics or ():
+        if group not in GROUPS:
+            raise ValueError(f"there are no metrics '{group}'{nearest_known(group, GROUPS)}")
     if train_images is not None and train_images.preprocessing != images.preprocessing:
         raise ValueError("the training images were prepared in another way than those to evaluate; load both alike")
 
@@ -161,7 +171,8 @@ def _short_names(ood: Sequence[str]) -> dict[str, str]:
 class Evaluation:
     """One evaluation: what it is of, as the arguments of `evaluate`, and a method for each group of metrics.
 
-    lpips_parts: the network and its protocol. What is common to several groups is computed once, when it is needed.
+    inception, lpips_parts: networks that others trained, of LPIPS with its protocol; None where they cannot be had.
+    What is common to several groups is computed once, when it is needed.
     """
 
     pipeline: object
@@ -172,10 +183,10 @@ class Evaluation:
     num_samples: int
     batch_size: int
     seed: int
-    inception: FeatureNetwork | None
-    lpips_parts: tuple[nn.Module, dict] | None
     folder: Path | None
     cache: Path | None
+    inception: FeatureNetwork | None = None
+    lpips_parts: tuple[nn.Module, dict] | None = None
 
     def __post_init__(self):
         self.metrics: dict[str, float] = {}
@@ -212,11 +223,11 @@ class Evaluation:
         protocol = {
             "data": self.images.identity,
             "pixels": pixels_of(self.images.preprocessing),
-            "num_draws": self.num_draws,
+            "num_draws": self._draws_of_protocol,
         }
         # Before the bound, so that they are seen where it is refused because of them
         self.add("log_partition", log_partition_metrics(prior), **protocol)
-        metrics = evaluate_likelihood(self.pipeline, self.images, num_draws=self.num_draws, **self._options)
+        metrics = likelihood_metrics(self.pipeline, self._log_likelihoods, num_draws=self.num_draws)
         if prior.spec.is_discrete:
             metrics["uniform_nats_per_code"] = prior.spec.max_nats / prior.spec.length
         self.add("likelihood", metrics, **protocol)
@@ -236,7 +247,8 @@ class Evaluation:
         if "lpips" in means:
             self.add("lpips", {"lpips": means["lpips"]}, **protocol, **self.lpips_parts[1])
         elif self.lpips_parts is None:
-            self.not_measured["lpips"] = "it needs lpips_weights, of AlexNet: a safetensors file or 'download'"
+            needed = "it needs lpips_weights, of AlexNet: a safetensors file or 'download'"
+            self.not_measured.setdefault("lpips", needed)  # where they were given, it says why they cannot be had
         if self._network is not None:
             name = f"rfid{self._network.suffix}"
             with self.attempt(name):
@@ -320,7 +332,8 @@ class Evaluation:
 
     def out_of_distribution(self, name: str, other) -> None:
         outside = log_likelihoods(self.pipeline, other, num_draws=self.num_draws, **self._options).bound
-        metrics = {f"ood_auroc_{name}": auroc(self._bounds, outside), f"ood_nats_{name}": -outside.mean().item()}
+        inside = self._log_likelihoods.bound
+        metrics = {f"ood_auroc_{name}": auroc(inside, outside), f"ood_nats_{name}": -outside.mean().item()}
         if len(outside) > 1:
             metrics[f"ood_nats_{name}_se"] = standard_error(outside)
         self.add(
@@ -329,7 +342,7 @@ class Evaluation:
             data=self.images.identity,
             other=other.identity,
             pixels=pixels_of(self.images.preprocessing),
-            num_draws=self.num_draws,
+            num_draws=self._draws_of_protocol,
         )
 
     # What several groups need
@@ -339,11 +352,16 @@ class Evaluation:
     def _options(self) -> dict:
         return {"batch_size": self.batch_size, "seed": self.seed}
 
+    @property
+    def _draws_of_protocol(self) -> int | str:
+        is_stochastic = self.pipeline.tokenizer.is_stochastic
+        return self.num_draws if is_stochastic else f"{ANY}the encoder is deterministic"
+
     @cached_property
     def _network(self) -> FeatureNetwork | None:
         if self.inception is not None:
             return self.inception
-        self.not_measured["fid"] = "it needs inception_weights: a safetensors file or 'download'"
+        self.not_measured.setdefault("fid", "it needs inception_weights: a safetensors file or 'download'")
         return self._classifier
 
     @cached_property
@@ -373,8 +391,8 @@ class Evaluation:
         return draw_samples(self.pipeline, self.num_samples, **self._options)
 
     @cached_property
-    def _bounds(self) -> Tensor:
-        return log_likelihoods(self.pipeline, self.images, num_draws=self.num_draws, **self._options).bound
+    def _log_likelihoods(self) -> LogLikelihoods:
+        return log_likelihoods(self.pipeline, self.images, num_draws=self.num_draws, **self._options)
 
     def _decoded_held_out(self) -> Tensor:
         """Reconstructions of at most as many held-out images as there are samples: blurred as samples are."""

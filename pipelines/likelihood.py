@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pipelines.metrics import NotMeasurableError, bits_per_dim
 from pipelines.seeding import own_randomness
 from prior.base import Codes, Prior
+from prior.rbm import check_sizes
 
 # Averaging a conditional prior over its classes costs one pass per class
 MOST_CLASSES_TO_AVERAGE = 100
@@ -53,11 +54,7 @@ def evaluate_likelihood(
         seed: of the draws. The same seed and batch size give the same numbers; torch's own generators are left alone.
         progress: whether a terminal shows a bar.
     Returns:
-        nats (of the bound on -log p(x)) and bits_per_dim; negative_elbo_nats, which is their value for k = 1, and its
-        parts, means under q: distortion_nats of p(x | z), rate_nats of q(z | x) against p(z), the KL divergence;
-        standard errors over images (`_se`), where there is more than one; prior_nats_per_code (given the class, where
-        there is one; NaN where `prior_labels` raises) for codes that are integers; num_draws made; num_images. A
-        standard error does not hold what is unknown of log Z.
+        see `likelihood_metrics`.
     Raises:
         ValueError: num_draws or batch_size below 1.
         NotMeasurableError: log p(z) is not known: captions, too many classes, or a log Z whose estimates disagree.
@@ -65,9 +62,22 @@ def evaluate_likelihood(
     values = log_likelihoods(
         pipeline, dataset, num_draws=num_draws, batch_size=batch_size, seed=seed, progress=progress
     )
-    num_dims = math.prod(pipeline.tokenizer.config.image_shape)
+    return likelihood_metrics(pipeline, values, num_draws=num_draws)
+
+
+def likelihood_metrics(pipeline, values: LogLikelihoods, *, num_draws: int) -> dict[str, float]:
+    """Means over a data set of its `log_likelihoods`, by num_draws draws where the encoder is stochastic.
+
+    Returns:
+        nats (of the bound on -log p(x)) and bits_per_dim; negative_elbo_nats, which is their value for k = 1, and its
+        parts, means under q: distortion_nats of p(x | z), rate_nats of q(z | x) against p(z), the KL divergence;
+        standard errors over images (`_se`), where there is more than one; prior_nats_per_code (given the class, where
+        there is one; NaN where `prior_labels` raises) for codes that are integers; num_draws made; num_images. A
+        standard error does not hold what is unknown of log Z.
+    """
+    num_dims, num_images = math.prod(pipeline.tokenizer.config.image_shape), len(values.bound)
     nats, errors = -values.bound.mean().item(), {}
-    if len(dataset) > 1:
+    if num_images > 1:
         nats_se = standard_error(values.bound)
         errors = {"nats_se": nats_se, "bits_per_dim_se": bits_per_dim(nats_se, num_dims)}
         errors["negative_elbo_nats_se"] = standard_error(values.elbo)
@@ -83,7 +93,7 @@ def evaluate_likelihood(
         "rate_nats": values.rate.mean().item(),
         **of_codes,
         "num_draws": num_draws if pipeline.tokenizer.is_stochastic else 1,
-        "num_images": len(dataset),
+        "num_images": num_images,
     }
 
 
@@ -201,6 +211,24 @@ def log_partition_metrics(prior: Prior) -> dict[str, float]:
         "log_partition_upper": partition.upper,
         "log_partition_ess": partition.effective_sample_size,
     }
+
+
+def set_ais_sizes(prior: Prior, **sizes: int | None) -> None:
+    """Sets ais_temperatures and ais_chains of a prior's estimate of log Z, those that are not None.
+
+    Raises:
+        ValueError: a size below its least, or a prior whose log Z is not estimated.
+    """
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if given and not getattr(prior, "estimates_log_partition", False):
+        raise ValueError(
+            f"{' and '.join(given)} set the size of an estimate of log Z, and this {type(prior).__name__} makes none; "
+            "leave it out"
+        )
+    for name, size in given.items():
+        setattr(prior, name, size)
+    if given:
+        check_sizes(prior)
 
 
 def prior_log_prob(prior: Prior, codes: Codes, labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,19 @@
 """How numbers were measured, and which may therefore stand side by side.
 
 The result of an evaluation holds `metrics` {name: value}, `groups` {group: names of its metrics} and `protocol`
-{group: fields}. Two values of one metric compare if and only if the protocols of their groups are equal.
+{group: fields}. Two values of one metric compare if and only if the protocols of their groups are equal, but for fields
+that changed nothing, see `ANY`.
 """
 
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 
 from pipelines.config import differences
 
+# How a field begins whose value changed nothing, before the reason; it compares with any value
+ANY = "any: "
 VERSIONS_OF = ("tessera-codes", "torch", "torchvision", "torchmetrics", "torch-fidelity", "scikit-learn", "numpy")
 
 
@@ -34,10 +38,9 @@ def comparable(results: Mapping[str, dict], metrics: Sequence[str] | None = None
         if not measured:
             known = sorted({name for result in results.values() for name in result["metrics"]})
             raise ValueError(f"no result has the metric '{metric}'; there are {', '.join(known) or 'none at all'}")
-        (first, expected), *others = measured.items()
-        for name, protocol in others:
-            changed = differences(expected, protocol)
-            if changed:
+        # Each with each: what compares with any value says nothing of two others
+        for (first, expected), (name, protocol) in combinations(measured.items(), 2):
+            if changed := protocol_differences(expected, protocol):
                 listed = "; ".join(f"{field}: {old} and {new}" for field, (old, new) in changed.items())
                 raise ValueError(
                     f"'{metric}' of {first} and of {name} cannot stand in one table, they were measured by different "
@@ -47,6 +50,16 @@ def comparable(results: Mapping[str, dict], metrics: Sequence[str] | None = None
         {"name": name, **{metric: result["metrics"].get(metric) for metric in metrics}}
         for name, result in results.items()
     ]
+
+
+def protocol_differences(one: dict, other: dict) -> dict[str, tuple]:
+    """{dotted field: (its value in one, in the other)} that keep numbers of two protocols apart."""
+    return {field: values for field, values in differences(one, other).items() if not any(map(is_any, values))}
+
+
+def is_any(value) -> bool:
+    """Whether a value of a protocol compares with any other."""
+    return isinstance(value, str) and value.startswith(ANY)
 
 
 def protocol_of(result: dict, metric: str) -> dict:

@@ -62,10 +62,7 @@ def with_earlier(result: dict, earlier: dict | None) -> dict:
     groups = result["groups"] | kept
     metrics = result["metrics"] | {name: earlier["metrics"][name] for names in kept.values() for name in names}
     reasons = earlier["not_measured"] | result["not_measured"]
-    parts = [
-        {**part, "groups": [group for group in part["groups"] if group in kept]}
-        for part in earlier.get("parts", [_as_part(earlier)])
-    ]
+    parts = [{**part, "groups": [group for group in part["groups"] if group in kept]} for part in parts_of(earlier)]
     parts = [*(part for part in parts if part["groups"]), _as_part(result)]
     return {
         **result,
@@ -79,8 +76,13 @@ def with_earlier(result: dict, earlier: dict | None) -> dict:
     }
 
 
+def parts_of(result: dict) -> list[dict]:
+    """command, seed, versions and groups of each evaluation that a result is of; an older result is of one."""
+    return result.get("parts") or [_as_part(result)]
+
+
 def _as_part(result: dict) -> dict:
-    return {**{name: result[name] for name in ("command", "seed", "versions")}, "groups": list(result["groups"])}
+    return {**{name: result[name] for name in ("command", "seed", "versions")}, "groups": list(result["protocol"])}
 
 
 def earlier_result(pipeline, split: str, result: dict, run: Path) -> dict | None:

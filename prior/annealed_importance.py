@@ -63,7 +63,7 @@ class LogPartition:
                 f"log Z is not known well enough for a likelihood: annealing gives {self.lower:.3f} nats from the base "
                 f"and {self.upper:.3f} from the chains, {self.gap:.3f} apart and not within {LARGEST_GAP}; "
                 "raise ais_temperatures and ais_chains, or burn_in if the chains mix slowly "
-                "(pipeline.prior.ais_temperatures = 10_000)"
+                "(pipeline.prior.ais_temperatures = 10_000, or evaluate.py --ais_temperatures 10000)"
             )
         return self
 

@@ -273,6 +273,11 @@ class RBM(BitPrior):
         self.check_inputs(codes, labels)
         return -self.energy(*self.sides(codes)) - self.log_partition().value
 
+    @property
+    def estimates_log_partition(self) -> bool:
+        """Whether log Z is estimated, because both sides have too many units for a sum over their states."""
+        return min(self.num_left, self.num_right) > LARGEST_SUM
+
     @torch.no_grad()
     def log_partition(self) -> LogPartition:
         """log Z of the present parameters, computed anew only where they or an estimate's sizes have changed.
@@ -284,7 +289,7 @@ class RBM(BitPrior):
         """
         check_sizes(self)
         parameters = self.boltzmann()
-        exact = min(self.num_left, self.num_right) <= LARGEST_SUM
+        exact = not self.estimates_log_partition
         sizes = () if exact else (self.burn_in, self.ais_chains, self.ais_temperatures)
         if self._cached is None or self._cached[1] != sizes or not _equal(parameters, self._cached[0]):
             with torch.autocast(self.weight.device.type, enabled=False):

@@ -4,12 +4,14 @@
     python scripts/evaluate.py --num_draws 100 --num_samples 10000 --ood noise
     python scripts/evaluate.py --metrics '[likelihood]' --json
     python scripts/evaluate.py --inception_weights download --lpips_weights download
+    python scripts/evaluate.py --metrics '[likelihood]' --ais_temperatures 10000
 
 The numbers go to RUN/evaluation.json, each with the protocol that it was measured by, and into the model card. Those of
 groups that are not measured this time stay, as long as images and weights are the same. Pictures go to RUN/evaluation/:
 of each codebook, and of samples, each above its nearest training images (first the samples that are nearest to any,
 then others). Without the weights of Inception, FID is measured in the feature space of a small
-classifier that is trained on the data set itself, and called fid_classifier.
+classifier that is trained on the data set itself, and called fid_classifier. --data.max_images cuts the images to
+evaluate alone: the training images that they are compared with stay those of the run.
 """
 
 import shlex
@@ -22,6 +24,7 @@ from pipelines.evaluation import NEED_TRAINING_IMAGES, Group, evaluate
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
+from pipelines.likelihood import set_ais_sizes
 from pipelines.pipeline_index import INDEX_NAME
 from pipelines.report import RESULT_NAME, dropped, earlier_result, format_summary, record, with_earlier
 from pipelines.runs import (
@@ -47,6 +50,8 @@ class Options:
         metrics: groups to measure, of likelihood, reconstruction, codebook, samples, memorisation, local; default all.
         num_draws: draws of codes per image for the bound, where the encoder is stochastic.
         num_samples: samples drawn for samples, memorisation and local.
+        ais_temperatures: of the estimate of log Z of a Boltzmann prior; default the model's own.
+        ais_chains: of that estimate; default the model's own.
         ood: other data sets to tell from this one by log p(x): noise, a torchvision name (in data.root), or a folder.
         inception_weights: safetensors file for FID, or download.
         lpips_weights: safetensors file of AlexNet for LPIPS, or download.
@@ -62,6 +67,8 @@ class Options:
     metrics: list[Group] | Group | None = None
     num_draws: int = 1
     num_samples: int = 1000
+    ais_temperatures: int | None = None
+    ais_chains: int | None = None
     ood: list[str] | str | None = None
     inception_weights: str | None = None
     lpips_weights: str | None = None
@@ -84,11 +91,13 @@ def main() -> Outcome:
     if isinstance(config["metrics"], str):
         config["metrics"] = [config["metrics"]]
     pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
+    set_ais_sizes(pipeline.prior, **{name: config[name] for name in ("ais_temperatures", "ais_chains")})
     pipeline.set_progress_bar_config(disable=None)
     images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), config["split"], run=run)
     train_images = None
     if config["metrics"] is None or set(config["metrics"]) & set(NEED_TRAINING_IMAGES):
-        train_images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), "train")
+        trained_on = config["data"] | {"max_images": saved_data_section(run)["data"].get("max_images")}
+        train_images = load_images_for(pipeline.tokenizer, DataConfig(**trained_on), "train")
     options = (
         "metrics",
         "num_draws",

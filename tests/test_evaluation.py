@@ -4,10 +4,13 @@ import copy
 import json
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import asdict, replace
 from types import SimpleNamespace
+from urllib.error import URLError
 
+import evaluate as evaluate_script
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines import Pipeline, comparable, evaluate
+from pipelines.card import model_card
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint
 from pipelines.classifier import Classifier, at_most, classifier_features
 from pipelines.codebook_pictures import code_vectors, position_entropy
@@ -220,11 +224,13 @@ def test_the_classifier_takes_any_size(image_shape):
     assert logits.shape == (2, 3)
 
 
-def test_without_labels_there_is_no_classifier(tmp_path):
-    for number in range(20):
-        Image.new("L", (8, 8), number).save(tmp_path / f"{number:02}.png")
+@pytest.mark.parametrize(("class_folder", "number"), [("", "none"), ("cats", "1")])
+def test_without_labels_of_two_classes_there_is_no_classifier(class_folder, number, tmp_path):
+    (tmp_path / class_folder).mkdir(exist_ok=True)
+    for grey in range(20):
+        Image.new("L", (8, 8), grey).save(tmp_path / class_folder / f"{grey:02}.png")
     config = DataConfig(name="folder", root=str(tmp_path))
-    with pytest.raises(NotMeasurableError, match="needs labels of at least 2 classes"):
+    with pytest.raises(NotMeasurableError, match=f"labels of at least 2 classes, and these images have {number}; give"):
         classifier_features(load_images(config, "train"), load_images(config, "test"), device=CPU)
 
 
@@ -571,6 +577,34 @@ def test_a_set_against_itself_is_perfect_but_copied(folder):
     assert metrics["copying"] == 1
 
 
+def test_weights_that_cannot_be_downloaded_are_a_reason_and_the_rest_is_measured(folder, tmp_path, monkeypatch):
+    def without_network(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", without_network)
+    result = evaluate(
+        make(), digits("test"), digits("train"), metrics=["reconstruction", "samples"], num_samples=20,
+        inception_weights="download", lpips_weights="download", cache=folder / "cache",
+    )  # fmt: skip
+    for name in ("fid", "lpips"):
+        assert re.match(r"https://.* cannot be downloaded .*no network", result["not_measured"][name])
+    assert {"psnr", "rfid_classifier", "fid_classifier"} <= result["metrics"].keys()
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="does not hold the weights of torchvision's AlexNet"):
+        evaluate(make(), digits("test"), metrics=["codebook"], lpips_weights=str(tmp_path / "other.safetensors"))
+
+
+def test_the_bound_of_the_images_is_computed_once_for_all_groups(monkeypatch):
+    pipeline, batches = make(), []
+    draw = pipeline.tokenizer.draw_posteriors
+    monkeypatch.setattr(
+        pipeline.tokenizer, "draw_posteriors", lambda images, k: batches.append(len(images)) or draw(images, k)
+    )
+    result = evaluate(pipeline, digits("test"), metrics=["likelihood"], ood=["noise"])
+    assert batches == [60, 60]  # of the images, of noise
+    assert {"nats", "ood_auroc_noise"} <= result["metrics"].keys()
+
+
 def test_a_likelihood_without_log_z_is_missing_with_its_reason_and_the_rest_is_there():
     pipeline = make("rbm", quantizer={"type": "lfq", "num_bits": 3})
     partition = LogPartition(1.0, 3.0, 0.1, 5.0, exact=False)
@@ -668,7 +702,7 @@ def test_codes_that_are_real_numbers_have_no_codebook():
     result = evaluate(pipeline, digits("test"), metrics=["likelihood", "codebook"], num_draws=3)
     assert "real numbers" in result["not_measured"]["codebook"]
     assert result["metrics"]["nats"] < result["metrics"]["negative_elbo_nats"]
-    assert result["metrics"]["num_draws"] == 3
+    assert result["metrics"]["num_draws"] == result["protocol"]["likelihood"]["num_draws"] == 3
     assert "prior_nats_per_code" not in result["metrics"]
 
 
@@ -718,7 +752,7 @@ def test_results_of_one_protocol_make_a_table(evaluated):
     [
         ("fid_classifier", "samples_classifier", "num_samples", 999),
         ("fid_classifier", "samples_classifier", "features", {"network": "another"}),
-        ("bits_per_dim", "likelihood", "num_draws", 50),
+        ("bits_per_dim", "likelihood", "pixels", "2 discrete values, by a threshold at 0.5"),
         ("psnr", "reconstruction", "data", {"split": "train"}),
     ],
 )
@@ -730,6 +764,24 @@ def test_results_of_different_protocols_refuse_to_stand_in_one_table(evaluated, 
         comparable({"one": result, "two": other}, [metric])
     unaffected = "perplexity" if group != "codebook" else "psnr"
     comparable({"one": result, "two": other}, [unaffected])
+
+
+def test_the_bound_of_a_deterministic_encoder_stands_beside_any_number_of_draws():
+    pipeline = make()
+    one, many = (
+        evaluate(pipeline, digits("test"), metrics=["likelihood"], ood=["noise"], num_draws=num_draws)
+        for num_draws in (1, 100)
+    )
+    assert many["protocol"]["likelihood"]["num_draws"] == "any: the encoder is deterministic"
+    assert many["protocol"]["ood_noise"]["num_draws"] == "any: the encoder is deterministic"
+    stochastic = {}
+    for num_draws in (5, 10):
+        stochastic[num_draws] = copy.deepcopy(one)
+        stochastic[num_draws]["protocol"]["likelihood"]["num_draws"] = num_draws
+    rows = comparable({"five": stochastic[5], "one": one, "many": many})
+    assert rows[1]["bits_per_dim"] == rows[2]["bits_per_dim"]
+    with pytest.raises(ValueError, match=r"of five and of ten cannot stand in one table.*num_draws: 5 and 10"):
+        comparable({"one": one, "five": stochastic[5], "ten": stochastic[10]})
 
 
 def test_a_resize_filter_is_part_of_the_protocol():
@@ -815,11 +867,13 @@ def test_groups_that_are_not_measured_again_stay_with_their_protocol_and_command
         ("evaluate likelihood 3", 0, ["likelihood"]), ("evaluate codebook 1", 1, ["codebook"]),
     ]  # fmt: skip
     assert saved_run.card == {f"test {name}": value for name, value in second["metrics"].items()}
-    assert "evaluate likelihood 3\nevaluate codebook 1" in (saved_run.folder / "README.md").read_text()
+    card = (saved_run.folder / "README.md").read_text()
+    for part in ("likelihood: seed 0, python .*\n\n```bash\nevaluate likelihood 3\n```\n",
+                 "codebook: seed 1, python .*\n\n```bash\nevaluate codebook 1\n```\n"):  # fmt: skip
+        assert re.search(part, card)
     assert "likelihood (of an earlier evaluation)\n" in format_summary(second)
     third, _ = saved_run.evaluate("likelihood")
     assert [part["command"] for part in third["parts"]] == ["evaluate codebook 1", "evaluate likelihood 1"]
-    assert third["protocol"]["likelihood"]["num_draws"] == 1
 
 
 def test_another_split_replaces_no_numbers_of_the_card(saved_run):
@@ -904,6 +958,9 @@ def test_the_card_says_how_its_numbers_were_measured(evaluated, tmp_path):
     assert loaded.metrics["validation tokenizer psnr"] == 21
     assert "test gone" not in loaded.metrics
     assert loaded.metrics["test tokenizer psnr"] == 2
+    for field in ("parts", "groups"):  # which earlier versions did not record
+        del loaded.evaluations["test"][field]
+    assert model_card(loaded) == card
 
 
 def test_the_summary_names_every_number_and_every_reason(evaluated):
@@ -988,3 +1045,32 @@ def test_other_images_than_a_runs_own_are_no_reason_to_refuse(tmp_path):
         path.rename(root / "train" / path.name)
     save_folder(root / "test", 5)
     assert len(load_images_for(tokenizer, config, "test", run=tmp_path / "run")) == 5  # which are what they are called
+
+
+# The script
+# ------------------------------------------------------------------------------------------------
+
+
+def run_script(pipeline, folder, monkeypatch, *options) -> dict:
+    """What scripts/evaluate.py finds of a run that was trained on 60 digits."""
+    pipeline.save_pretrained(folder)
+    save_config(folder / "stage_one" / "config.yaml", {"data": plain(asdict(DataConfig(max_images=60)))})
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--run", str(folder), "--device", "cpu", *options])
+    return evaluate_script.main().values
+
+
+def test_fewer_images_to_evaluate_are_compared_with_all_training_images(tmp_path, monkeypatch):
+    pipeline = make(preprocessing=digits("train").preprocessing)
+    options = ("--metrics", "memorisation", "--data.max_images", "20", "--num_samples", "10")
+    protocol = run_script(pipeline, tmp_path, monkeypatch, *options)["protocol"]["memorisation"]
+    assert (protocol["data"]["count"], protocol["train"]["count"]) == (20, 60)
+
+
+def test_the_sizes_of_the_estimate_of_log_z_can_be_given(tmp_path, monkeypatch):
+    preprocessing = digits("train").preprocessing
+    pipeline = make("rbm", quantizer={"type": "lfq", "num_bits": 9}, preprocessing=preprocessing)
+    options = ("--metrics", "likelihood", "--ais_temperatures", "3", "--ais_chains", "7")
+    metrics = run_script(pipeline, tmp_path, monkeypatch, *options)["metrics"]
+    assert 1 <= metrics["log_partition_ess"] <= 7  # by the model's own 512 chains it would be hundreds
+    with pytest.raises(ValueError, match=r"ais_temperatures and ais_chains set the size .* this GPT makes none"):
+        run_script(make(preprocessing=preprocessing), tmp_path / "gpt", monkeypatch, *options)

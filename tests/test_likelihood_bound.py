@@ -14,6 +14,7 @@ from pipelines.likelihood import (
     log_partition_metrics,
     prior_labels,
     prior_log_prob,
+    set_ais_sizes,
     standard_error,
 )
 from pipelines.metrics import NotMeasurableError
@@ -472,3 +473,21 @@ def test_an_exact_log_z_has_no_error_bar_and_other_priors_have_none_at_all():
     prior = build_prior({"type": "rbm", **tiny.PRIORS["rbm"], "spec": tiny.SPECS["bits"]})
     assert log_partition_metrics(prior) == {"log_partition": pytest.approx(4 * math.log(2))}
     assert log_partition_metrics(make("gpt").prior) == {}
+
+
+def test_the_sizes_of_an_estimate_of_log_z_are_set_where_one_is_made():
+    prior = build_prior({"type": "rbm", **tiny.PRIORS["rbm"], "spec": CodeSpec(((34,),), (2,))})
+    set_ais_sizes(prior, ais_temperatures=None, ais_chains=9)
+    assert (prior.ais_temperatures, prior.ais_chains) == (prior.config.ais_temperatures, 9)
+    with pytest.raises(ValueError, match="ais_temperatures must be at least 2, got 1"):
+        set_ais_sizes(prior, ais_temperatures=1)
+
+
+@pytest.mark.parametrize("name", ["rbm", "bernoulli", "gpt"])
+def test_no_sizes_are_set_where_log_z_is_not_estimated(name):
+    prior = build_prior({"type": name, **tiny.PRIORS[name], "spec": tiny.SPECS["bits"]})
+    set_ais_sizes(prior, ais_temperatures=None, ais_chains=None)
+    with pytest.raises(
+        ValueError, match=f"ais_chains set the size of an estimate of log Z, and this {type(prior).__name__} makes none"
+    ):
+        set_ais_sizes(prior, ais_chains=9)
