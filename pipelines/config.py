@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import get_args
@@ -21,6 +21,9 @@ from tokenizer.registry import lookup, nearest_known, options_holder
 # What a model's surroundings determine (data, codes, another model) is never typed by a user.
 IMPLIED = {field.name for config in (TokenizerConfig, PriorConfig) for field in fields(config)}
 
+# By field: (section or part, those of its types that have the field)
+Owners = dict[str, tuple[str, list[str]]]
+
 
 class HelpFormatter(DefaultHelpFormatter):
     """Keeps the lines of a script's docstring, with the commands in it, as they are."""
@@ -30,28 +33,36 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """An `ArgumentParser` whose errors are one line and name the nearest known field or value."""
+    """An `ArgumentParser` whose errors are one line and name the nearest known field or value.
+
+    owners: who has fields, of the types that are not chosen too.
+    """
+
+    owners: Owners = {}  # noqa: RUF012 (read only)
 
     def error(self, message, ex=None):
-        self.exit(2, f"{self.prog}: error: {explain(str(message), self.known_names())}\n")
+        self.exit(2, f"{self.prog}: error: {explain(str(message), self.known_names(), self.owners)}\n")
 
     def known_names(self) -> list[str]:
         return [name.removeprefix("--") for action in self._actions for name in action.option_strings]
 
 
-def explain(message: str, known: list[str]) -> str:
+def explain(message: str, known: list[str], owners: Owners) -> str:
     """A parser's message on one line, with the nearest known name where the message is about an unknown one."""
     message = " ".join(message.split())
     if found := re.search(r"unrecognized arguments: (?!--)(\S+)", message):
-        return f"'{found[1]}' belongs to no option; a list is written '[a.png, b.png]'"
+        name, equals, _ = found[1].partition("=")
+        if not equals or not re.fullmatch(r"[\w.]+", name):
+            return f"'{found[1]}' belongs to no option; a list is written '[a.png, b.png]'"
+        if name in known:
+            return f"'{found[1]}' belongs to no option; write --{found[1]}"
+        return f"'{found[1]}' belongs to no option: they start with --; {_unknown_field(name, known, owners)}"
     if found := re.search(r"unrecognized arguments: --([\w.-]+)|Option '([\w.]+)' is not accepted", message):
-        name = found[1] or found[2]
-        return f"unknown field '{name}'{_nearest_field(name, known)}"
+        return _unknown_field(found[1] or found[2], known, owners)
     if found := re.search(
         r"(?:Group '([\w.]+)' does not accept|does not accept) (?:option|nested key) '([\w.]+)'", message
     ):
-        name = ".".join(part for part in found.groups() if part)
-        return f"unknown field '{name}'{_nearest_field(name, known)}"
+        return _unknown_field(".".join(part for part in found.groups() if part), known, owners)
     if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
         choices = re.findall(r"[\w.-]+", found[2])
         field = re.search(r"argument --([\w.]+)", message)
@@ -61,19 +72,24 @@ def explain(message: str, known: list[str]) -> str:
         name, kinds, value = found[1], found[2] or found[4], found[3] or found[5]
         if literal := re.search(r"typing\.Literal\[(.*?)\]", kinds):
             choices = re.findall(r"[\w.-]+", literal[1])
-            return _unknown_value(value, f" for {name}", choices)
-        return f"{name} must be {_in_words(kinds)}, got {value}"
+            others = [kind for kind in _in_words(kinds.replace(literal[0], "name")) if kind != "name"]
+            choices += ["null"] * ("null" in others)
+            others = [kind for kind in others if kind != "null"]
+            return _unknown_value(value, f" for {name}", choices) + "".join(f"; or give {kind}" for kind in others)
+        return f"{name} must be {' or '.join(_in_words(kinds))}, got {value}"
     return message
 
 
 def _unknown_value(value: str, where: str, choices: list[str]) -> str:
     if value == "False" and "no" in choices:
         return f"unknown value 'False'{where}: YAML reads a bare no as false; write \"no\" in quotes"
+    if value.lower() == "none" and "null" in choices:
+        return f"unknown value '{value}'{where}; write null for none"
     return f"unknown value '{value}'{where}{nearest_known(value, choices)}"
 
 
-def _in_words(kinds: str) -> str:
-    """Types as a user may type them: "tuple[int, int], <class 'NoneType'>" -> "[int, int] or null"."""
+def _in_words(kinds: str) -> list[str]:
+    """Types as a user may type them: "tuple[int, int], <class 'NoneType'>" -> ["[int, int]", "null"]."""
     kinds = re.sub(r"<class '(\w+)'>", r"\1", kinds)
     kinds = re.sub(r"\btuple(\[[^]]*\])", r"\1", kinds)
     kinds = re.sub(r"\blist\[([^]]*)\]", r"[\1, ...]", kinds)
@@ -84,7 +100,16 @@ def _in_words(kinds: str) -> str:
         "str": "text",
         "NoneType": "null",
     }
-    return " or ".join(words.get(kind, kind) for kind in re.split(r", (?![^\[]*\])", kinds))
+    return [words.get(kind, kind) for kind in re.split(r", (?![^\[]*\])", kinds)]
+
+
+def _unknown_field(name: str, known: list[str], owners: Owners) -> str:
+    if name not in owners:
+        return f"unknown field '{name}'{_nearest_field(name, known)}"
+    section, types = owners[name]
+    listed = " or ".join(f"'{name}'" for name in types)
+    mend = f"add --{section}.type {types[0]}" if len(types) == 1 else f"take one of them as --{section}.type"
+    return f"unknown field '{name}': it is a field of {section.rpartition('.')[2]} {listed}; {mend}"
 
 
 def _nearest_field(name: str, known: list[str]) -> str:
@@ -156,9 +181,10 @@ def parse(
             if isinstance(section, Polymorphic):
                 _add_model(parser, name, section, chosen)
             else:
-                parser.add_class_arguments(section, name)
+                _add_fields(parser, name, section)
         except ValueError as error:  # an unknown type
             parser.exit(2, f"{parser.prog}: error: {error}\n")
+    parser.owners = _find_owners(sections, chosen)
     known = parser.known_names()
     parser.set_defaults({name: value for name, value in flatten(recipe).items() if name in known})
     argv = _without_other_types(sys.argv[1:] if argv is None else argv, chosen, set(known))
@@ -227,7 +253,7 @@ def _add_model(parser: Parser, name: str, section: Polymorphic, chosen: dict[str
     model = lookup(name, section.registry, model_type)
     _add_type(parser, name, section.registry, section.default, f"which {name}; its own fields are listed below")
     parts = getattr(model, "parts", {})
-    parser.add_class_arguments(model.Config, name, skip=IMPLIED | set(parts))
+    _add_fields(parser, name, model.Config, skip=IMPLIED | set(parts))
     parser.groups[name].title = f"{name} = {model_type}"
     for part, registry in parts.items():
         key = f"{name}.{part}"
@@ -235,10 +261,17 @@ def _add_model(parser: Parser, name: str, section: Polymorphic, chosen: dict[str
         part_type = chosen.get(key, defaults["type"])
         cls = lookup(part, registry, part_type)
         _add_type(parser, key, registry, defaults["type"], f"which {part}; its own fields are listed below")
-        parser.add_class_arguments(options_holder(cls), key, skip=_implied_arguments(options_holder(cls)))
+        _add_fields(parser, key, options_holder(cls), skip=_implied_arguments(options_holder(cls)))
         parser.groups[key].title = f"{key} = {part_type}"
         if part_type == defaults["type"]:
             parser.set_defaults({f"{key}.{option}": value for option, value in defaults.items()})
+
+
+def _add_fields(parser: Parser, name: str, holder: type, skip: set[str] = frozenset()) -> None:
+    parser.add_class_arguments(holder, name, skip=set(skip))
+    for action in parser._actions:
+        if action.option_strings == [f"--{name}"]:  # for the parser a file, which `_check_holders` refuses
+            action.metavar, action.help = "'{FIELD: VALUE, ...}'", "several of these fields at once"
 
 
 def _add_type(parser: Parser, key: str, registry: dict[str, type], default: str, meaning: str) -> None:
@@ -248,6 +281,34 @@ def _add_type(parser: Parser, key: str, registry: dict[str, type], default: str,
 def _implied_arguments(cls: type) -> set[str]:
     """Parameters without a default, and those of any model: what the surroundings determine."""
     return {name for name, p in inspect.signature(cls).parameters.items() if p.default is p.empty or name in IMPLIED}
+
+
+def _find_owners(sections: dict, chosen: dict[str, str]) -> Owners:
+    owners: Owners = {}
+    for field, section, type_name in _fields_of_all_types(sections, chosen):
+        nearest, types = owners.setdefault(field, (section, []))
+        if nearest == section and type_name not in types:
+            types.append(type_name)
+    return owners
+
+
+def _fields_of_all_types(sections: dict, chosen: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """(field, section or part, its type that has the field). Parts of the chosen model come before other models."""
+    for name, section in sections.items():
+        if not isinstance(section, Polymorphic):
+            continue
+        chosen_type = chosen.get(name, section.default)
+        for model_type, model in sorted(section.registry.items(), key=lambda item: item[0] != chosen_type):
+            for field in {field.name for field in fields(model.Config)} - IMPLIED:
+                yield f"{name}.{field}", name, model_type
+            for part, registry in getattr(model, "parts", {}).items():
+                for part_type, cls in registry.items():
+                    key, holder = f"{name}.{part}", options_holder(cls)
+                    for option in {"type", *inspect.signature(holder).parameters} - _implied_arguments(holder):
+                        yield (
+                            f"{key}.{option}",
+                            *((key, part_type) if model_type == chosen_type else (name, model_type)),
+                        )
 
 
 def peek(name: str, argv: list[str] | None = None) -> str | None:
@@ -290,29 +351,40 @@ def _chosen_types(argv: list[str] | None, sections: dict, defaults: dict) -> dic
     first.add_argument("--config", action="append", nargs="?", default=[])
     known, rest = first.parse_known_args(argv)
     chosen: dict[str, str] = {}
+    holders = _holders(sections)
     _collect_types(defaults, "", chosen)
     for path in known.config:
         if path is not None and Path(path).is_file():  # a missing file is reported by the parser proper
             values = read_yaml(path)
-            _check_sections(values, sections, f"{path}: ")
+            _check_holders(values, holders, f"{path}: ")
             _collect_types(values, "", chosen)
     for position, argument in enumerate(rest):
         if found := re.fullmatch(r"--([\w.]+?)(\.type)?(?:=(.*))?", argument, re.DOTALL):
             value = found[3] if found[3] is not None else next(iter(rest[position + 1 :]), "")
             if found[2]:
                 chosen[found[1]] = value
-            elif found[1].split(".")[0] in sections and value.lstrip().startswith("{"):  # --section '{type: name}'
-                _collect_types(_yaml(value, argument), found[1], chosen)
-            elif found[1] in sections:
-                _check_sections({found[1]: value}, sections, "--")
+            elif found[1] in holders:
+                given = _yaml(value, argument) if value.lstrip().startswith("{") else value  # --section '{type: name}'
+                _check_holders({found[1]: given}, holders, "--")
+                _collect_types(given, found[1], chosen)
     return chosen
 
 
-def _check_sections(values: dict, sections: dict, where: str) -> None:
-    """The parser would pass over a section that is a number."""
-    for name in sections:
-        if name in values and not isinstance(values[name], dict):
-            raise ValueError(f"{where}{name} must hold fields and their values, got {values[name]!r}")
+def _holders(sections: dict) -> set[str]:
+    """What holds fields: the sections, and the parts of all models that they can be of."""
+    holders = set(sections)
+    for name, section in sections.items():
+        for model in section.registry.values() if isinstance(section, Polymorphic) else ():
+            holders |= {f"{name}.{part}" for part in getattr(model, "parts", {})}
+    return holders
+
+
+def _check_holders(values: dict, holders: set[str], where: str) -> None:
+    """The parser would pass over a section that is a number, and enter the path of a file among a part's fields."""
+    for name, value in flatten(values).items():
+        if name in holders and not isinstance(value, dict):
+            files = "; a file of fields is for --config" if isinstance(value, str) else ""
+            raise ValueError(f"{where}{name} must hold fields and their values, got {value!r}{files}")
 
 
 def read_yaml(path: str | Path) -> dict:

@@ -54,8 +54,9 @@ class DataConfig:
             "folder", or the name of a torchvision data set (MNIST, ...).
         root: folder of the images, or where torchvision keeps its files; unused by the digits.
         download: whether torchvision may fetch what is not in `root`.
-        image_size: (height, width) in pixels; None takes the size of the data, which must then all be equal.
-        channels: 1 (grey) or 3 (RGB); None takes 3 if any image has colour.
+        image_size: (height, width) in pixels; null (None in Python) takes the size of the data, all of which must then
+            be equal.
+        channels: 1 (grey) or 3 (RGB); null takes 3 if any image has colour.
         resize_filter: how the shorter side is resized to fit `image_size`.
         crop: where the longer side is cut in training; the deterministic view always takes the centre.
         crop_padding: black pixels added on each side before a random crop in training (4 is usual for CIFAR).
@@ -63,11 +64,12 @@ class DataConfig:
         binarize: how pixels become 0 or 1. threshold: at 0.5. fixed: one draw with the grey value as probability, the
             same every time. stochastic: a fresh draw each epoch in training, the fixed one elsewhere.
         binarize_seed: seed of the fixed draw.
-        validation_fraction: share of the training images held out, where the data has no validation folder.
+        validation_fraction: share of the images held out where the data has no validation part; of all images where a
+            test split, a fixed tenth, is carved out of them too.
         split_seed: seed of the choice of the held-out images, and of the scenes.
         augmentation_seed: seed of crops, flips and fresh binarisation.
         on_bad_image: raise names the first unreadable file; skip leaves such files out and counts them.
-        max_images: use at most this many images of the split, chosen by `split_seed`; None uses all.
+        max_images: use at most this many images of the split, chosen by `split_seed`; null uses all.
         cache_bytes: images that fit into this many bytes, one per pixel and channel, are decoded once and kept.
     Raises:
         ValueError: a value out of range.
@@ -101,7 +103,7 @@ class DataConfig:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie in [0, 1), got {self.validation_fraction}")
         if self.max_images is not None and self.max_images < 1:
-            raise ValueError(f"max_images must be at least 1, or none for all, got {self.max_images}")
+            raise ValueError(f"max_images must be at least 1, or null for all, got {self.max_images}")
         for name in ("crop_padding", "binarize_seed", "split_seed", "augmentation_seed", "cache_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -254,7 +256,7 @@ class ImageDataset(Dataset):
                 return function(index)
             except BadImageError as error:
                 if not self._skip:
-                    raise BadImageError(f"{error}; mend or remove it, or set on_bad_image to skip") from error
+                    raise self._with_advice(error) from error
                 return None
 
         quiet = len(indices) < 2000 or os.environ.get("LOCAL_RANK", "0") != "0"
@@ -267,6 +269,10 @@ class ImageDataset(Dataset):
                 for result in run(guarded, indices[start : start + 4096].tolist()):
                     progress.update()
                     yield result
+
+    def _with_advice(self, error: BadImageError) -> BadImageError:
+        """Skipping leaves out what cannot be read at the start: a file that goes bad later is an error all the same."""
+        return BadImageError(f"{error}; mend or remove it" + ("" if self._skip else ", or set on_bad_image to skip"))
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
         """Deterministic pixels, uint8 (C, H, W), and label of the source's image `index`; grey if drawn later."""
@@ -362,9 +368,12 @@ class ImageDataset(Dataset):
     ) -> tuple[np.ndarray, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a data set of {len(self)}")
-        if epoch is None:
-            return self._deterministic(index)
-        return self._augmented(index, (stream or self._stream).at(epoch, index))
+        try:
+            if epoch is None:
+                return self._deterministic(index)
+            return self._augmented(index, (stream or self._stream).at(epoch, index))
+        except BadImageError as error:
+            raise self._with_advice(error) from error
 
     def _pixels(self, index: int) -> tuple[np.ndarray, int]:
         if self._cache is None:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ from tokenizer.base import Tokenizer
 RUNS = Path("runs")
 CODES = "codes/train/spec.json"
 SHOWN = 8  # of a list in a table
+# Fields of DataConfig by which images are prepared for a tokenizer; crop is for training, else always the centre
+PREPARED_BY = ("image_size", "channels", "resize_filter", "binarize", "binarize_seed")
 
 
 @dataclass
@@ -198,18 +200,19 @@ def save_config(path: Path, config: dict) -> None:
 def saved_data_section(run: Path) -> dict:
     """{"data": ...}: the data that a run's tokenizer was trained on, as it stands in its configuration.
 
-    Of a pipeline that was saved without it, how images are prepared, where the command line names the data.
+    What the configuration left to be found in the data is as it was found there, since other images are to be prepared
+    likewise. Of a pipeline that was saved without it, that alone, where the command line names the data.
     """
     path = run / "stage_one" / "config.yaml"
+    preprocessing = read_json(run / "tokenizer" / CONFIG_NAME).get("preprocessing", {})
+    prepared = {name: preprocessing[name] for name in PREPARED_BY if name in preprocessing}
     if not path.is_file():
         if peek("data.name") is None:
             raise ValueError(
                 f"{path} is missing: {run} does not say which data its tokenizer was trained on; give --data.name, and "
                 "--data.root where it is a folder"
             )
-        known = {field.name for field in fields(DataConfig)}
-        preprocessing = read_json(run / "tokenizer" / CONFIG_NAME).get("preprocessing", {})
-        return {"data": {name: value for name, value in preprocessing.items() if name in known}}
+        return {"data": prepared}
     config = read_yaml(path)
     if not isinstance(config.get("data"), dict):
         raise ValueError(f"{path} has no section 'data'")
@@ -217,7 +220,7 @@ def saved_data_section(run: Path) -> dict:
     if data.get("name") == "folder" and peek("data.name") not in (None, "folder"):
         # a folder of images is no place for the files of another data set
         data = {name: value for name, value in data.items() if name != "root"}
-    return {"data": data}
+    return {"data": {**data, **prepared}}
 
 
 def adopt_data_section(run: Path, folder: Path) -> None:
@@ -246,18 +249,28 @@ def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str, *, run
 
 
 def check_held_out(run: Path, images: ImageDataset) -> None:
-    """Raises ValueError where a split is carved out of a run's own folder of images, which has changed since training.
+    """Raises ValueError where a split that is carved out of a run's own images would hold images trained on.
 
-    Which images are carved out depends on all of them: one more, and most of them are images trained on.
+    Validation images are chosen by a seed and a share, which must be those of the training. And which images of a
+    folder are carved out depends on all of them: one more, and most of them are images trained on.
     """
     path = run / "stage_one" / "config.yaml"
-    if images.config.name != "folder" or images.split == "train" or not images.source.carved or not path.is_file():
+    if images.split == "train" or not images.source.carved or not path.is_file():
         return
-    own, recorded = DataConfig(**read_yaml(path)["data"]), _contents_trained_on(run)
-    is_own = own.name == "folder" and os.path.realpath(own.root) == os.path.realpath(images.config.root)
-    if not is_own or recorded is None:
+    own = DataConfig(**read_yaml(path)["data"])
+    in_folder = own.name == "folder"
+    same_root = os.path.realpath(own.root) == os.path.realpath(images.config.root)
+    if images.config.name != own.name or (in_folder and not same_root):
         return
-    if load_images(replace(own, cache_bytes=0), "train").contents != recorded:
+    for name in ("split_seed", "validation_fraction") if images.split == "validation" else ():
+        asked, trained_with = getattr(images.config, name), getattr(own, name)
+        if asked != trained_with:
+            raise ValueError(
+                f"data.{name} is {asked}, but {run} was trained with {trained_with}: the validation split that is "
+                f"carved out would hold training images; leave --data.{name} out, or take --split test"
+            )
+    recorded = _contents_trained_on(run) if in_folder else None
+    if recorded is not None and load_images(replace(own, cache_bytes=0), "train").contents != recorded:
         raise ValueError(
             f"the images in {own.root}, or their captions, are not those that {run} was trained on: the {images.split} "
             f"split that is carved out of them would hold training images; restore them, or put images into train/ "

@@ -38,7 +38,8 @@ class TextConfig:
 
     Args:
         vocab_size: largest number of token ids, 256 of which are the bytes.
-        max_length: tokens of a caption, whose end is cut off where it has more; none takes the longest caption's.
+        max_length: tokens of a caption, whose end is cut off where it has more; null (None in Python) takes the longest
+            caption's.
     Raises:
         ValueError: a number out of range.
     """
@@ -54,7 +55,7 @@ class TextConfig:
             )
         if self.max_length is not None and not 1 <= self.max_length <= LARGEST_LENGTH:
             raise ValueError(
-                f"text.max_length must lie in [1, {LARGEST_LENGTH}], or be none for the longest caption's, "
+                f"text.max_length must lie in [1, {LARGEST_LENGTH}], or be null for the longest caption's, "
                 f"got {self.max_length}"
             )
 

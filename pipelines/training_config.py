@@ -31,7 +31,7 @@ class TrainingConfig:
         warmup_steps: steps over which the learning rate rises linearly from 0.
         max_grad_norm: gradients are clipped to this norm; 0 turns it off.
         ema_decay: decay of the running average of the weights, which is what is evaluated and saved; 0 turns it off.
-        mixed_precision: "no", "fp16" or "bf16"; none takes what accelerate was launched with.
+        mixed_precision: "no", "fp16" or "bf16"; null (None in Python) takes what accelerate was launched with.
         compile: compile the model with torch.compile, which needs a C++ compiler.
         compile_mode: torch.compile's own; reduce-overhead replays small models from CUDA graphs.
         seed: seed of weights, data order and noise.

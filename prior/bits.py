@@ -15,7 +15,8 @@ class BitPriorConfig(PriorConfig):
     """What the configuration of every prior over bits holds.
 
     Args:
-        num_left: units of the left side, the first bits; None for half of them, rounded up. The rest are right.
+        num_left: units of the left side, the first bits; null (None in Python) takes half of them, rounded up. The rest
+            are right.
     Raises:
         ValueError: classes, a vocabulary that is not a power of two, fewer than two bits, or an empty side.
     """

@@ -7,6 +7,7 @@ Takes the newest run's codes when told nothing else, and makes its folder one th
 codes of the digits the defaults are those of scripts/configs/digits_gpt.yaml. Run again, the command continues.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 
 from pipelines.belonging import check_codes_belong
 from pipelines.checkpoint import build_prior, fingerprint, load_tokenizer, save_model
-from pipelines.codes import CodeDataset, check_same_classes
+from pipelines.codes import CodeDataset
+from pipelines.conditions import condition_on
 from pipelines.config import Polymorphic, parse, peek
 from pipelines.files import read_json
 from pipelines.launch import make_accelerator
@@ -23,14 +25,12 @@ from pipelines.pictures import save_samples
 from pipelines.pipeline_index import TEXT_TOKENIZER
 from pipelines.runs import CODES, Outcome, adopt_data_section, digits_recipe, find_codes, run_script, save_config
 from pipelines.stages import save_stage_two
-from pipelines.text import TextConfig, TextTokenizer
+from pipelines.text import TextConfig
 from pipelines.training import Update, adamw, describe, fit
 from pipelines.training_config import TrainingConfig
 from prior import PRIORS
-from prior.bits import BitPrior
 
 DIGITS_RECIPE = Path(__file__).parent / "configs" / "digits_gpt.yaml"
-COLUMNS = 8  # captions that pictures are drawn of
 
 
 @dataclass
@@ -38,10 +38,10 @@ class Options:
     """The run.
 
     Args:
-    run: run folder of stage one; default the newest under runs/ that has codes.
-    output: folder for the prior; default that of stage one. Another one receives a copy of the tokenizer.
-    class_conditional: condition the prior on the class labels, where the codes have them.
-    text_conditional: condition the prior on the captions, in place of labels, where the codes have them.
+        run: run folder of stage one; default the newest under runs/ that has codes.
+        output: folder for the prior; default that of stage one. Another one receives a copy of the tokenizer.
+        class_conditional: condition the prior on the class labels, where the codes have them.
+        text_conditional: condition the prior on the captions, in place of labels, where the codes have them.
     """
 
     run: str | None = None
@@ -71,36 +71,20 @@ def main() -> Outcome | None:
             f"{folder} holds another tokenizer than that of {run}, which it would lose; name another --output"
         )
 
-    # Captions, where the prior is to be conditional on them
-    text_tokenizer, captions, condition = None, None, {}
-    if config["text_conditional"] and train_codes.has_captions:
-        text_tokenizer = TextTokenizer.train(
-            train_codes.captions, TextConfig(**config["text"]), others=validation_codes.captions or ()
-        )
-        num_cut = sum(codes.tokenize_captions(text_tokenizer) for codes in (train_codes, validation_codes))
-        captions, _ = text_tokenizer.encode(validation_codes.captions[:COLUMNS])
-        condition = {
-            "text_vocab_size": text_tokenizer.vocab_size,
-            "max_text_length": text_tokenizer.max_length,
-            "text_tokenizer_fingerprint": text_tokenizer.fingerprint,
-        }
-        accelerator.print(
-            f"captions of up to {text_tokenizer.max_length} tokens, {text_tokenizer.vocab_size} token ids"
-            + (f"; {num_cut} captions are longer, their ends are cut off" if num_cut else "")
-        )
-        accelerator.print(f"columns of pictures: {' | '.join(text_tokenizer.decode(captions))}")
-    elif config["class_conditional"]:
-        if train_codes.num_classes and issubclass(PRIORS[config["prior"]["type"]], BitPrior):
-            raise ValueError(
-                f"the codes have {train_codes.num_classes} classes, on which the prior '{config['prior']['type']}' "
-                "cannot be conditional; add --class_conditional false, or take gpt, pixelcnn or pixelsnail"
-            )
-        check_same_classes(train_codes, validation_codes)
-        condition = {"num_classes": train_codes.num_classes}
+    # What the prior is conditional on
+    condition = condition_on(
+        train_codes,
+        validation_codes,
+        config["prior"]["type"],
+        TextConfig(**config["text"]) if config["text_conditional"] else None,
+        classes=config["class_conditional"],
+    )
+    for line in condition.lines:
+        accelerator.print(line)
 
     # Model
     torch.manual_seed(training.seed)
-    implied = {"spec": train_codes.spec, "tokenizer_fingerprint": train_codes.fingerprint, **condition}
+    implied = {"spec": train_codes.spec, "tokenizer_fingerprint": train_codes.fingerprint, **condition.implied}
     prior = build_prior({**config["prior"], **implied})
     objective = PriorLoss(prior, unigram_nll=unigram_nats_per_code(train_codes, validation_codes))
     accelerator.print(describe(accelerator, prior, train_codes, validation_codes))
@@ -118,11 +102,11 @@ def main() -> Outcome | None:
             "run": None,
             "output": None,
             "codes": train_codes.fingerprint,
-            "captions": text_tokenizer and text_tokenizer.fingerprint,
+            "captions": condition.text_tokenizer and condition.text_tokenizer.fingerprint,
         },
         on_start=lambda: save_config(folder / "stage_two" / "config.yaml", config),
         on_evaluate=lambda step, model: save_samples(
-            model, tokenizer, folder / f"stage_two/samples/{step:07d}.png", captions=captions
+            model, tokenizer, folder / f"stage_two/samples/{step:07d}.png", captions=condition.captions
         ),
     )
 
@@ -135,12 +119,13 @@ def main() -> Outcome | None:
             save_model(tokenizer, folder / "tokenizer")
             adopt_data_section(run, folder)
         save_model(prior, folder / "prior")
-        if text_tokenizer is not None:
-            text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
-        save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics, text_tokenizer)
-        save_samples(prior, tokenizer, folder / "samples.png", captions=captions)
-        pictures = [str(folder / "samples.png")]
-        following = {"pictures": pictures, "next": f"python scripts/evaluate.py --run {folder}"}
+        if condition.text_tokenizer is not None:
+            condition.text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
+        save_stage_two(
+            folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics, condition.text_tokenizer
+        )
+        pictures = [str(save_samples(prior, tokenizer, folder / "samples.png", captions=condition.captions))]
+        following = {"pictures": pictures, "next": shlex.join(["python", "scripts/evaluate.py", "--run", str(folder)])}
         outcome = Outcome({"output": str(folder), **result.summary(), **following})
     return outcome
 

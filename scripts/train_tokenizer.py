@@ -8,6 +8,7 @@ command run again continues where it stopped. The run folder receives tokenizer/
 stage_one/ (log, pictures, states).
 """
 
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def main() -> Outcome | None:
         )
     outcome.values |= {
         "codes": str(folder / "codes"),
-        "next": f"accelerate launch scripts/train_prior.py --run {folder}",
+        "next": shlex.join(["accelerate", "launch", "scripts/train_prior.py", "--run", str(folder)]),
     }
     return outcome if accelerator.is_main_process else None
 

@@ -3,12 +3,14 @@
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipelines.checkpoint import build_prior, build_tokenizer
 from pipelines.config import Polymorphic, differences, parse, peek, plain, wants_json
@@ -17,6 +19,7 @@ from pipelines.runs import (
     Outcome,
     check_writable,
     find_run,
+    load_images_for,
     one_line,
     run_script,
     save_config,
@@ -134,13 +137,34 @@ def test_a_section_has_the_fields_of_its_chosen_type(tmp_path, capsys):
             ["--training.compile_mode", "reduce_overhead"],
             "unknown value 'reduce_overhead' for training.compile_mode; did you mean 'reduce-overhead'?",
         ),
-        (["--training.mixed_precision", "bf61"], "unknown value 'bf61' for training.mixed_precision; did you mean"),
+        (["--training.mixed_precision", "bf61"], "did you mean 'bf16'? (known: bf16, fp16, no, null)"),
+        (["--training.mixed_precision", "none"], "unknown value 'none' for training.mixed_precision; write null for"),
+        (["--tokenizer.quantizer.type", "fqs"], "unknown quantizer 'fqs'; did you mean 'fsq'?"),
+        (
+            ["--tokenizer.quantizer.levels", "[8, 5]"],
+            "unknown field 'tokenizer.quantizer.levels': it is a field of quantizer 'fsq'; "
+            "add --tokenizer.quantizer.type fsq",
+        ),
+        (["--prior.kernel_size=3"], "a field of prior 'pixelcnn' or 'pixelsnail'; take one of them as --prior.type"),
+        (["--tokenizer.smoothing.type", "power"], "a field of tokenizer 'dvaepp' or 'dvaesharp'; take one of them"),
+        (["--tokenizer", "{prior: {num_left: 3}}"], "unknown field 'tokenizer.prior"),
         (["--tokenizer.image_shape", "[3, 8, 8]"], "unknown field 'tokenizer.image_shape'"),
         (["--data", "3"], "--data must hold fields and their values, got '3'"),
+        (
+            ["--tokenizer.network", "net.yaml"],
+            "--tokenizer.network must hold fields and their values, got 'net.yaml'; a file of fields is for --config",
+        ),
+        (["--tokenizer={network: net.yaml}"], "--tokenizer.network must hold fields and their values, got 'net.yaml'"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "nowhere.yaml"], "File does not exist"),
         (["odd/p.png"], "'odd/p.png' belongs to no option; a list is written '[a.png, b.png]'"),
         (["--output", "a", "b.png", "--seed", "1"], "'b.png' belongs to no option"),
+        (["training.seed=5"], "'training.seed=5' belongs to no option; write --training.seed=5"),
+        (
+            ["training.sede=5"],
+            "'training.sede=5' belongs to no option: they start with --; unknown field 'training.sed",
+        ),
+        (["training.sede=5"], "did you mean 'training.seed'?"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -154,6 +178,14 @@ def test_a_wrong_argument_is_refused_on_one_line_with_the_nearest_known(argv, me
         ("data: {nmae: x}", "unknown field 'data.nmae'; did you mean 'data.name'?"),
         ("dat: {name: x}", "unknown field 'dat.name'; did you mean 'data.name'?"),
         ("tokenizer: {quantizer: {codebok_size: 3}}", "did you mean 'tokenizer.quantizer.codebook_size'?"),
+        (
+            "tokenizer: {quantizer: {levels: [8]}}",
+            "field 'tokenizer.quantizer.levels': it is a field of quantizer 'fsq'",
+        ),
+        (
+            "tokenizer: {network: net.yaml}",
+            "a.yaml: tokenizer.network must hold fields and their values, got 'net.yaml'",
+        ),
         ("data: 3", "data must hold fields and their values, got 3"),
         ("- data", "must hold fields and their values, it holds a list"),
         ("", "must hold fields and their values, it holds nothing"),
@@ -218,6 +250,33 @@ def test_text_arrives_as_it_is_typed_where_yaml_reads_something_else(option, typ
         assert parse("", {}, TextOptions, argv)[option] == expected
 
 
+@dataclass
+class ChoiceOptions:
+    """Options that are one of a few names, or something else.
+
+    Args:
+        schedule: a name or two numbers.
+        groups: a name, or a list of them.
+    """
+
+    schedule: Literal["constant", "linear"] | tuple[float, float] = "constant"
+    groups: list[Literal["near", "far"]] | Literal["near", "far"] | None = None
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--schedule", "[0.2]"], "'[0.2]' for schedule (known: constant, linear); or give [float, float]"),
+        (["--schedule", "linar"], "did you mean 'linear'? (known: constant, linear); or give [float, float]"),
+        (["--groups", "[naer]"], "did you mean 'near'? (known: far, near, null); or give [name, ...]"),
+    ],
+)
+def test_what_else_may_stand_in_place_of_a_name_is_said(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        parse("", {}, ChoiceOptions, argv)
+    assert message in capsys.readouterr().err
+
+
 def test_a_file_may_say_none_of_what_can_be_text(tmp_path):
     path = yaml_file(tmp_path, "prompts: null\nlabels: [001, '002']\n")
     config = parse("", {}, TextOptions, ["--config", path])
@@ -253,6 +312,7 @@ def test_help_lists_every_field(capsys):
             assert f"--{section}.{field}" in text
     assert "--tokenizer.quantizer.codebook_size" in text
     assert "--tokenizer.image_shape" not in text  # implied by the data
+    assert "Path to a configuration file" not in text  # which a section does not take
 
 
 def test_a_saved_configuration_reads_back_as_it_was(tmp_path):
@@ -262,17 +322,45 @@ def test_a_saved_configuration_reads_back_as_it_was(tmp_path):
     assert read("--config", str(tmp_path / "run" / "config.yaml")) == config
 
 
-def test_a_run_remembers_the_data_of_its_tokenizer(tmp_path):
-    config = read("--data.name=MNIST")
+PREPARED = {"image_size": [8, 8], "channels": 3, "resize_filter": "box", "binarize": "fixed", "binarize_seed": 2}
+
+
+def save_tokenizer(folder) -> Pipeline:
+    """A pipeline whose tokenizer was trained on images prepared as `PREPARED` says."""
+    options = {**tiny.TOKENIZERS["vqvae"], "preprocessing": {**PREPARED, "crop": "center", "value_range": [0, 1]}}
+    pipeline = Pipeline(build_tokenizer({"type": "vqvae", **options}))
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def test_a_run_remembers_the_data_of_its_tokenizer_and_how_images_were_prepared(tmp_path):
+    save_tokenizer(tmp_path)
+    config = read("--data.name=MNIST", "--data.resize_filter=box", "--data.binarize=fixed", "--data.binarize_seed=2",
+                  "--data.crop=random")  # fmt: skip
     save_config(tmp_path / "stage_one" / "config.yaml", config)
     again = parse("", SECTIONS, Options, [], defaults=lambda: saved_data_section(tmp_path))
-    assert again["data"] == config["data"]
+    assert again["data"] == config["data"] | {"image_size": [8, 8], "channels": 3}  # found in the data
+    again = parse("", SECTIONS, Options, ["--data.channels=1"], defaults=lambda: saved_data_section(tmp_path))
+    assert (again["data"]["channels"], again["data"]["image_size"]) == (1, [8, 8])
     (tmp_path / "stage_one" / "config.yaml").write_text("a: 1")
     with pytest.raises(ValueError, match="has no section 'data'"):
         saved_data_section(tmp_path)
 
 
+def test_images_of_other_sizes_and_colours_are_prepared_for_the_tokenizer(tmp_path):
+    pipeline = save_tokenizer(tmp_path / "run")
+    save_config(tmp_path / "run" / "stage_one" / "config.yaml", read("--data.name=digits"))
+    (tmp_path / "photos").mkdir()
+    for number, mode in enumerate(("L", "RGB", "L", "L")):
+        Image.new(mode, (20 + number, 30)).save(tmp_path / "photos" / f"{number}.jpg")
+    argv = ["--data.name=folder", f"--data.root={tmp_path / 'photos'}"]
+    config = parse("", SECTIONS, Options, argv, defaults=lambda: saved_data_section(tmp_path / "run"))
+    images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), "all", run=tmp_path / "run")
+    assert (len(images), images.image_shape) == (4, (3, 8, 8))
+
+
 def test_the_folder_of_a_runs_images_is_no_place_for_another_data_set(tmp_path, monkeypatch):
+    save_tokenizer(tmp_path)
     save_config(tmp_path / "stage_one" / "config.yaml", read("--data.name=folder", "--data.root=pictures"))
     for arguments, root in (([], "pictures"), (["--data.name=folder"], "pictures"), (["--data.name=MNIST"], None)):
         monkeypatch.setattr("sys.argv", ["extract_codes.py", *arguments])
@@ -280,13 +368,11 @@ def test_the_folder_of_a_runs_images_is_no_place_for_another_data_set(tmp_path, 
 
 
 def test_a_pipeline_without_a_run_says_how_images_are_prepared_where_the_data_are_named(tmp_path, monkeypatch):
-    prepared = {"image_size": [8, 8], "channels": 3, "crop": "center", "binarize": "none"}
-    options = {**tiny.TOKENIZERS["vqvae"], "preprocessing": {**prepared, "value_range": [0, 1]}}
-    Pipeline(build_tokenizer({"type": "vqvae", **options})).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
     with pytest.raises(ValueError, match=r"does not say which data .* give --data.name, and --data.root"):
         saved_data_section(tmp_path)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--data.name", "digits"])
-    assert saved_data_section(tmp_path) == {"data": prepared}
+    assert saved_data_section(tmp_path) == {"data": PREPARED}
 
 
 def test_where_nothing_can_be_written_is_found_before_the_work(tmp_path, monkeypatch):

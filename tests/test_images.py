@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 import zlib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pipelines import images
+from pipelines.config import plain
 from pipelines.images import AugmentationStream, DataConfig, load_images
 from pipelines.preprocessing import BadImageError, preprocess_image
+from pipelines.runs import check_held_out, save_config
 
 AUGMENTED = {"crop_padding": 2, "horizontal_flip": True, "binarize": "stochastic"}
 
@@ -389,7 +392,9 @@ SPOILERS = [spoil_empty, spoil_text, spoil_truncated, spoil_flipped, spoil_posts
 def test_bad_file_is_named(classes, spoil, cache_bytes):
     bad = classes / "zebra" / "bild 2.png"
     spoil(bad)
-    with pytest.raises(BadImageError, match=r"zebra/bild 2\.png"):
+    with pytest.raises(
+        BadImageError, match=r"zebra/bild 2\.png: [^;]*; mend or remove it, or set on_bad_image to skip$"
+    ):
         list(folder(classes, cache_bytes=cache_bytes))
 
 
@@ -415,11 +420,37 @@ def test_nothing_but_bad_files_is_an_error(tmp_path):
         folder(tmp_path, on_bad_image="skip")
 
 
-def test_file_that_went_bad_later_is_named_by_the_loader(classes):
-    dataset = folder(classes, cache_bytes=0)
+@pytest.mark.parametrize(("on_bad_image", "or_skip"), [("raise", ", or set on_bad_image to skip"), ("skip", "")])
+def test_file_that_went_bad_later_is_named_by_the_loader(classes, on_bad_image, or_skip):
+    dataset = folder(classes, cache_bytes=0, on_bad_image=on_bad_image)
     spoil_truncated(classes / "ant" / "bild 0.png")
-    with pytest.raises(BadImageError, match=r"ant/bild 0\.png"):
+    with pytest.raises(BadImageError, match=rf"ant/bild 0\.png: [^;]*; mend or remove it{or_skip}$"):
         list(DataLoader(dataset, batch_sampler=[range(len(dataset))], collate_fn=dataset.collate))
+
+
+# --- held-out parts ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split_seed": 3}, "data.split_seed is 3, but .*run was trained with 0: .*; leave --data.split_seed out"),
+        ({"validation_fraction": 0.6}, "data.validation_fraction is 0.6, but .*run was trained with 0.1: the valid"),
+    ],
+)
+def test_validation_images_chosen_otherwise_than_for_the_training_are_refused(options, message, tmp_path):
+    trained_on = set(load_images(DataConfig(), "train")._indices)
+    run, chosen = tmp_path / "run", load_images(DataConfig(**options), "validation")
+    save_config(run / "stage_one" / "config.yaml", {"data": plain(asdict(DataConfig()))})
+    assert trained_on & set(chosen._indices)  # why they are refused
+    with pytest.raises(ValueError, match=message):
+        check_held_out(run, chosen)
+    fewer = load_images(DataConfig(max_images=50), "validation")
+    assert not trained_on & set(fewer._indices)
+    check_held_out(run, fewer)
+    check_held_out(run, load_images(DataConfig(**options), "test"))
+    save_config(run / "stage_one" / "config.yaml", {"data": plain(asdict(DataConfig(name="MNIST")))})
+    check_held_out(run, chosen)
 
 
 # --- folders ---

@@ -1,5 +1,6 @@
 """The scripts as their users run them: real processes, through accelerate's launcher, on one and on two of them."""
 
+import importlib
 import json
 import os
 import re
@@ -286,16 +287,17 @@ def test_finished_commands_run_again_change_nothing(run_folder):
 
 
 def test_a_prior_in_a_folder_of_its_own_can_be_evaluated(run_folder, tmp_path):
-    done = run(tmp_path, "train_prior", "--run", str(run_folder), "--output", "own", *TINY_PRIOR, *SHORT)
+    done = run(tmp_path, "train_prior", "--run", str(run_folder), "--output", "my own", *TINY_PRIOR, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "python scripts/evaluate.py --run 'my own'" in done.stdout
     done = run(
-        tmp_path, "evaluate", "--run", "own", "--data.max_images", "20", "--metrics", "likelihood", "--ood", "noise"
+        tmp_path, "evaluate", "--run", "my own", "--data.max_images", "20", "--metrics", "likelihood", "--ood", "noise"
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "bits_per_dim" in done.stdout
     assert "ood_auroc_noise" in done.stdout
     assert "psnr" not in done.stdout
-    done = run(tmp_path, "evaluate", "--run", "own", "--metrics", "[likelyhood]")
+    done = run(tmp_path, "evaluate", "--run", "my own", "--metrics", "[likelyhood]")
     assert "did you mean 'likelihood'" in done.stderr
     assert done.returncode == 2
 
@@ -361,6 +363,17 @@ def test_a_users_mistake_is_one_line_and_not_a_traceback(script, arguments, mess
     assert done.returncode in (1, 2)
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_help_says_what_each_option_is(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main()
+    _, *options = re.split(r"\n(?:  (?=-)|\n.*)", capsys.readouterr().out)  # or the title of a group of them
+    assert len(options) > 5
+    assert not [option for option in options if re.fullmatch(r"\S+( \S+)?\s*(\((type|default): [^)]*\))?\s*", option)]
 
 
 def test_a_users_mistake_is_one_line_on_two_processes_too(tmp_path):

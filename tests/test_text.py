@@ -705,11 +705,12 @@ def test_pictures_have_a_column_for_each_caption(tmp_path):
 
 def test_the_scripts_train_on_captions_and_draw_prompts(tmp_path):
     options = [*TINY_TOKENIZER, *SHORT, "--data.name", "scenes", "--tokenizer.downsample_factor", "4"]
-    launch(tmp_path, "train_tokenizer", *options)
+    printed = launch(tmp_path, "train_tokenizer", *options, "--output", "runs/my scenes").stdout
+    assert "scripts/train_prior.py --run 'runs/my scenes'" in printed
     printed = launch(tmp_path, "train_prior", *TINY_PRIOR, *SHORT).stdout
     assert "columns of pictures: a" in printed
     assert "unigram_nll" in printed
-    folder = tmp_path / "runs" / "scenes-vqvae"
+    folder = tmp_path / "runs" / "my scenes"
     pipeline = Pipeline.from_pretrained(folder)
     assert pipeline.prior.conditional_on_text
     assert pipeline.metrics["validation prior nll"] < 1.05 * pipeline.metrics["validation prior uniform_nll"]
@@ -723,7 +724,8 @@ def test_the_scripts_train_on_captions_and_draw_prompts(tmp_path):
     assert "knows the word 'cat'" in done.stderr
     prior = ["--prior.type", "pixelcnn", "--output", "other", *SHORT]
     refused = run(tmp_path, "train_prior", *prior)
-    assert "PixelCNN cannot be conditional on captions; take the prior 'gpt'" in refused.stderr
+    assert "add --text_conditional false, or take gpt" in refused.stderr
+    assert "token ids" not in refused.stdout  # before the text tokenizer is trained
     launch(tmp_path, "train_prior", *prior, "--prior.hidden_dim", "8", "--text_conditional", "false")
     assert Pipeline.from_pretrained(tmp_path / "other").prior.num_classes == 0
 

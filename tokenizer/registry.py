@@ -6,7 +6,8 @@ import inspect
 
 def nearest_known(name: str, known) -> str:
     """' (did you mean ...?)' or the empty string, followed by all known names."""
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, cutoff=0.5)
+    close.sort(key=lambda near: sorted(near) != sorted(str(name)))  # letters swapped are nearer than a letter changed
     hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{hint} (known: {', '.join(sorted(known))})"
 
