@@ -22,7 +22,7 @@ class CodeRecording:
 
     Args:
         spec: the code space.
-        num_frames: about so many states are kept, the empty one and the last among them.
+        num_frames: about so many states are kept, the first, of given codes alone, and the last among them.
     Raises:
         ValueError: num_frames is below 2; a second batch is told of.
     """
@@ -31,17 +31,29 @@ class CodeRecording:
         if num_frames < 2:
             raise ValueError(f"an animation needs at least 2 frames, got {num_frames}")
         self.every = math.ceil(spec.length / (num_frames - 1))
-        self.length, self.calls = spec.length, 0
+        self.spec, self.length, self.calls = spec, spec.length, 0
         self.states: list[tuple[Codes, Codes]] = []
 
     def __call__(self, codes: Codes, arrived: Codes) -> None:
         if self.calls == self.length:
             raise ValueError("an animation shows one batch: take a batch_size of at least the number of images")
         if self.calls == 0:
-            self.states.append((codes, tuple(torch.zeros_like(there) for there in arrived)))
+            self.states.append((codes, self._given(arrived)))
         self.calls += 1
-        if self.calls % self.every == 0 or all(there.all() for there in arrived):
+        at_once = self.calls == 1 and all(there.all() for there in arrived)  # by priors that call no second time
+        if self.calls % self.every == 0 or self.calls == self.length or at_once:
             self.states.append((codes, arrived))
+
+    def _given(self, arrived: Codes) -> Codes:
+        """Which codes were there before the first one was drawn, as far as the first call tells.
+
+        What is there then is the first code, and those that are given. Whether the first is given too, nothing tells:
+        it is taken to be as the one after it, which is beside it. Of codes that come all at once, none is.
+        """
+        sequence = self.spec.flatten(arrived)
+        if sequence.all():
+            return tuple(torch.zeros_like(there) for there in arrived)
+        return self.spec.unflatten(torch.cat([sequence[:, 1:2], sequence[:, 1:]], dim=1))
 
 
 def partial_images(tokenizer: Tokenizer, codes: Codes, arrived: Codes) -> Tensor:

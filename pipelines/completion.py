@@ -1,5 +1,6 @@
 """Filling a region of images: any mask, several candidates, ranked or re-weighted by the prior's own likelihood."""
 
+from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -14,7 +15,7 @@ Ranking = Literal["log_prob", "importance"]
 
 
 class Completions(NamedTuple):
-    """What `Pipeline.complete` returns, for B images with R candidates each, the best first.
+    """What `Pipeline.complete` returns, for B images with R candidates each, in the order of their ranking.
 
     images: B R images as output_type says, candidate r of image i at i R + r; codes: one int64 tensor (B R, *shape) per
     level, in the same order; log_prob: (B, R) log p(codes | label) in nats, by the prior itself, without sampling
@@ -32,7 +33,10 @@ class Completions(NamedTuple):
 
 
 def check_candidates(num_candidates: int, ranking: str, batch_size: int) -> None:
-    """Raises ValueError for numbers below 1 and an unknown ranking."""
+    """Raises ValueError for numbers below 1 or not whole, and an unknown ranking."""
+    for name, number in (("num_candidates", num_candidates), ("batch_size", batch_size)):
+        if not isinstance(number, Integral):
+            raise ValueError(f"{name} must be an integer, got {number!r}")
     if num_candidates < 1 or batch_size < 1:
         raise ValueError(f"num_candidates and batch_size must be at least 1, got {num_candidates} and {batch_size}")
     if ranking not in get_args(Ranking):
@@ -95,9 +99,10 @@ def likelihoods(
     """log p(codes | label) of each candidate (B R,), and for "importance" the logarithms of their weights.
 
     An autoregressive prior draws each code given those before it; a known code that comes after a hole has no part in
-    filling it. Candidates hence follow a proposal q(unknown) = prod p(unknown code | codes before). The conditional
-    p(unknown | known) is proportional to q times prod p(known code | codes before), which is the importance weight. A
-    label that was drawn with a candidate is weighted too.
+    filling it. Candidates hence follow a proposal q(unknown) = prod p(unknown code | codes before), each factor
+    as the sampling options change it. Where they do not, the conditional p(unknown | known) is proportional to q times
+    prod p(known code | codes before), which is the importance weight. A label that was drawn with a candidate is
+    weighted too.
     """
     parts = [slice(start, start + batch_size) for start in range(0, len(codes[0]), batch_size)]
     batches = [

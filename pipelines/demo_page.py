@@ -185,7 +185,7 @@ class _Page(Parts):
                     before = self.picture(
                         "The image, and what is hidden of it, rounded to whole codes", elem_id="hidden"
                     )
-                    gr.Markdown("**Completions, the best first, with log p(codes) or weight**")
+                    gr.Markdown("**Completions in the order of their ranking, with log p(codes) or weight**")
                     found = gr.Gallery(
                         label="Completions", show_label=False, columns=4, object_fit="contain", format="png",
                         height="auto", elem_classes="pixels", elem_id="completions", buttons=["download", "fullscreen"],

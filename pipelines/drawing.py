@@ -17,6 +17,14 @@ def one_generator_each(num_images: int, generator: Generators | None) -> list[to
     return ImageNoise(num_images, generator, torch.device("cpu")).generators
 
 
+def draw_labels(prior, generators: list[torch.Generator]) -> Tensor | None:
+    """(len(generators),) uniform class labels, each from its own generator; None where the prior has no classes."""
+    if prior.num_classes == 0:
+        return None
+    draws = [torch.randint(prior.num_classes, (), generator=g, device=g.device).item() for g in generators]
+    return torch.tensor(draws, device="cpu")
+
+
 def progress_bar(pipeline, iterable: Iterable | None = None, **options) -> tqdm:
     """A `tqdm` that looks as `Pipeline.set_progress_bar_config` says."""
     return tqdm(iterable, **{**options, **pipeline.progress_bar_config})

@@ -1,6 +1,8 @@
 """Images continued beyond their edges: the prior as a sliding window over a larger map of codes, decoded as one."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from prior.base import Codes
 from tokenizer.base import Tokenizer
 
 
-def check_canvas(tokenizer: Tokenizer, size: tuple[int, int], position: tuple[int, int], stride: int | None) -> int:
-    """The stride of the window in pixels; by default half the shorter side of an image, in whole codes.
+def check_canvas(
+    tokenizer: Tokenizer, size: tuple[int, int], position: tuple[int, int], stride: int | None
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Size, position and the stride of the window in pixels, by default half an image's shorter side, in whole codes.
 
     Raises:
         ValueError: the codes have no place in the image, do not cover it exactly, or a number does not fit them.
@@ -28,21 +32,30 @@ def check_canvas(tokenizer: Tokenizer, size: tuple[int, int], position: tuple[in
             f"images of {image[0]} x {image[1]} pixels are padded to whole codes of {unit} x {unit}, which would leave "
             f"a seam in a larger canvas; outpainting needs a tokenizer of images whose sides are multiples of {unit}"
         )
-    size, position = tuple(size), tuple(position)
-    if len(size) != 2 or any(side % unit or side < least for side, least in zip(size, image)):
+    sides, corner = _whole_pair(size), _whole_pair(position)
+    if not sides or any(side % unit or side < least for side, least in zip(sides, image)):
         raise ValueError(
-            f"size must be (height, width) in multiples of {unit}, at least {image[0]} x {image[1]}, got {size}"
+            f"size must be (height, width) in multiples of {unit}, at least {image[0]} x {image[1]}, "
+            f"got {sides or size!r}"
         )
-    room = [side - least for side, least in zip(size, image)]
-    if len(position) != 2 or any(place % unit or not 0 <= place <= most for place, most in zip(position, room)):
+    room = [side - least for side, least in zip(sides, image)]
+    if not corner or any(place % unit or not 0 <= place <= most for place, most in zip(corner, room)):
         raise ValueError(
-            f"position must be (top, left) in multiples of {unit}, at most ({room[0]}, {room[1]}), got {position}"
+            f"position must be (top, left) in multiples of {unit}, at most ({room[0]}, {room[1]}), "
+            f"got {corner or position!r}"
         )
     default = max(unit, min(image) // 2 // unit * unit)
     stride = default if stride is None else stride
-    if stride % unit or not unit <= stride <= min(image):
-        raise ValueError(f"stride must be a multiple of {unit} from {unit} to {min(image)} pixels, got {stride}")
-    return stride
+    if not isinstance(stride, Integral) or stride % unit or not unit <= stride <= min(image):
+        raise ValueError(f"stride must be a multiple of {unit} from {unit} to {min(image)} pixels, got {stride!r}")
+    return sides, corner, stride
+
+
+def _whole_pair(values) -> tuple[int, ...]:
+    """Two whole numbers, given as a sequence, an array or a tensor; empty where that is not what was given."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    is_pair = isinstance(values, Sequence) and len(values) == 2 and all(isinstance(value, Integral) for value in values)
+    return tuple(map(int, values)) if is_pair else ()
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipelines.drawing import decode_codes, draw_codes, one_generator_each, progress_bar
+from pipelines.drawing import decode_codes, draw_codes, draw_labels, one_generator_each, progress_bar
+from prior.sampling import is_number
 
 Score = Callable[[Tensor], Tensor]
 
@@ -45,11 +47,15 @@ def rejection_sample(
     """`Pipeline.rejection_sample` of checked labels, with images as tensors (n, C, H, W).
 
     With keep_fraction, 1 / keep_fraction times as many images are drawn as asked for, and the best are kept; among
-    images of equal labels only, so that easy classes do not crowd out others. Images of one label come best first.
+    images of equal labels only, so that easy classes do not crowd out others. Images of one label come best first. The
+    number of draws of each label is rounded up: of one image and keep_fraction = 0.9, two are drawn and half are kept.
 
     With threshold, each image is drawn again until its score reaches it: what is returned are draws of the model,
     conditioned on the score. Image i depends on its own generator alone, whatever the batch.
 
+    Args:
+        labels: what the prior is conditional on, for each image; None where it is unconditional, and with threshold
+            also for each draw to have a class of its own.
     Warns:
         UserWarning: some images did not reach the threshold within max_draws draws each; the others are returned.
     Raises:
@@ -58,9 +64,9 @@ def rejection_sample(
     """
     _check(pipeline.prior, score, classifier, keep_fraction, threshold, max_draws)
 
-    def draw(owners: list[int], seeds: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Images for their owners, among those asked for, and their scores."""
-        own = None if labels is None else labels[owners]
+    def draw(owners: list[int], seeds: list[torch.Generator]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Images for their owners, among those asked for, what they are conditional on, and their scores."""
+        own = draw_labels(pipeline.prior, seeds) if labels is None else labels[owners]
         codes, _ = draw_codes(pipeline, own, seeds, batch_size=batch_size, progress=None, **options)
         images = decode_codes(pipeline.tokenizer, codes, seeds, batch_size=batch_size).float()
         with torch.no_grad():
@@ -68,33 +74,35 @@ def rejection_sample(
                 _scores(score, classifier, part, None if own is None else own[start : start + len(part)])
                 for start, part in zip(range(0, len(images), batch_size), images.split(batch_size))
             ]
-        return images.cpu(), torch.cat(scores)
+        return images.cpu(), own, torch.cat(scores)
 
     with progress_bar(pipeline, total=len(generators), unit="img", desc="rejection sampling") as bar:
         if threshold is not None:
             accepted = _until_threshold(draw, generators, bar, threshold, max_draws, batch_size)
         else:
             accepted = _best_fraction(draw, labels, generators, bar, keep_fraction, batch_size)
-    images, scores, indices, num_draws = accepted
-    classes = None if labels is None or pipeline.prior.conditional_on_text else labels[indices]
+    images, own, scores, indices, num_draws = accepted
+    classes = None if pipeline.prior.conditional_on_text else own
     return Accepted(images, scores, classes, indices, len(indices) / num_draws, num_draws)
 
 
 def _until_threshold(draw, generators, bar, threshold: float, max_draws: int, batch_size: int):
-    images, scores = [None] * len(generators), torch.full((len(generators),), -torch.inf, device="cpu")
+    images, labels = [None] * len(generators), [None] * len(generators)
+    scores = torch.full((len(generators),), -torch.inf, device="cpu")
     waiting, used, num_draws = list(range(len(generators))), 0, 0
     while waiting and used < max_draws:
         # few that wait fill a batch with several draws each, ever more of them; those after the first that is accepted
         # do not count
         each = min(max(1, batch_size // len(waiting)), used + 1, max_draws - used)
         owners = [i for i in waiting for _ in range(each)]
-        drawn, values = draw(owners, [g for i in waiting for g in one_generator_each(each, generators[i])])
+        drawn, conditions, values = draw(owners, [g for i in waiting for g in one_generator_each(each, generators[i])])
         still = []
         for place, (i, own) in enumerate(zip(waiting, values.split(each))):
             good = (own >= threshold).nonzero()[:, 0]
             if len(good):
                 first = good[0].item()
                 images[i], scores[i] = drawn[place * each + first], own[first]
+                labels[i] = None if conditions is None else conditions[place * each + first]
                 num_draws += first + 1
                 bar.update()
             else:
@@ -114,7 +122,8 @@ def _until_threshold(draw, generators, bar, threshold: float, max_draws: int, ba
             f"draws each ({len(indices) / num_draws:.2%} of {num_draws} were accepted); the others are left out",
             stacklevel=4,
         )
-    return torch.stack([images[i] for i in indices]), scores[indices], indices, num_draws
+    images, labels = ([values[i] for i in indices] for values in (images, labels))
+    return torch.stack(images), None if labels[0] is None else torch.stack(labels), scores[indices], indices, num_draws
 
 
 def _best_fraction(draw, labels: Tensor | None, generators, bar, keep_fraction: float, batch_size: int):
@@ -131,7 +140,7 @@ def _best_fraction(draw, labels: Tensor | None, generators, bar, keep_fraction: 
     best: dict[int, tuple[Tensor, Tensor]] = {}  # images and scores so far, best first
     for start in range(0, len(owners), batch_size):
         part = slice(start, start + batch_size)
-        drawn, values = draw(owners[part], seeds[part])
+        drawn, _, values = draw(owners[part], seeds[part])
         numbers = torch.tensor([group_of[i] for i in owners[part]], device="cpu")
         for number in numbers.unique().tolist():
             images, scores = drawn[numbers == number], values[numbers == number]
@@ -142,7 +151,7 @@ def _best_fraction(draw, labels: Tensor | None, generators, bar, keep_fraction: 
         bar.update(len(numbers))
     indices = torch.tensor([i for wanted in groups for i in wanted], device="cpu").argsort()
     images, scores = (torch.cat(parts)[indices] for parts in zip(*(best[number] for number in range(len(groups)))))
-    return images, scores, torch.arange(len(generators), device="cpu"), len(owners)
+    return images, labels, scores, torch.arange(len(generators), device="cpu"), len(owners)
 
 
 def _groups(labels: Tensor | None, num_images: int) -> list[list[int]]:
@@ -179,10 +188,12 @@ def _check(prior, score, classifier, keep_fraction, threshold, max_draws: int) -
         )
     if classifier is not None and prior.num_classes == 0:
         raise ValueError("a classifier scores an image by its class, but this prior has no classes; give a score")
-    if keep_fraction is not None and not 0 < keep_fraction <= 1:
-        raise ValueError(f"keep_fraction must lie in (0, 1], got {keep_fraction}")
-    if threshold is not None and not math.isfinite(threshold):
-        raise ValueError(f"threshold must be finite, got {threshold}")
+    if keep_fraction is not None and not (is_number(keep_fraction) and 0 < keep_fraction <= 1):
+        raise ValueError(f"keep_fraction must lie in (0, 1], got {keep_fraction!r}")
+    if threshold is not None and not (is_number(threshold) and math.isfinite(threshold)):
+        raise ValueError(f"threshold must be finite, got {threshold!r}")
+    if not isinstance(max_draws, Integral):
+        raise ValueError(f"max_draws must be an integer, got {max_draws!r}")
     if max_draws < 1:
         raise ValueError(f"max_draws must be at least 1, got {max_draws}")
 

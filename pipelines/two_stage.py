@@ -2,7 +2,7 @@
 
 import inspect
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import fields, replace
 from numbers import Integral, Number
@@ -27,7 +27,7 @@ from pipelines.checkpoint import (
     uncompiled,
 )
 from pipelines.completion import Completions, Ranking, candidate_generators, check_candidates, complete
-from pipelines.drawing import Generators, decode_codes, draw_codes, one_generator_each
+from pipelines.drawing import Generators, decode_codes, draw_codes, draw_labels, one_generator_each
 from pipelines.files import atomic_file, write_json_atomic
 from pipelines.masks import as_mask, check_geometry, check_mask_sizes
 from pipelines.outpainting import check_canvas, outpaint
@@ -309,7 +309,9 @@ class Pipeline:
         ranking = "importance" orders them at random with weights proportional to the likelihood of the known codes
         that come after. The first is then one draw by sampling-importance-resampling (Rubin 1988), whose distribution
         tends to the exact p(unknown codes | known codes) as their number grows; where a single weight is near one, it
-        has not grown enough. The weights are those of the prior itself, whatever the sampling options.
+        has not grown enough. That holds at the default sampling options. Others change what candidates are drawn from
+        and not how they are weighed, which the prior itself does: the first then tends to the distribution
+        proportional to (law of the drawn codes under the options) x (likelihood of the known codes that come after).
 
         Args:
             images: B PIL images, or a tensor (B, C, H, W) in [0, 1].
@@ -317,7 +319,7 @@ class Pipeline:
             class_labels, prompts: as in `sample`, for all images or one per image. Without labels each candidate draws
                 its own, so that the ranking also tells which class fits.
             num_candidates: completions of each image, R.
-            ranking: "log_prob" or "importance"; the order of an image's candidates.
+            ranking: "log_prob", the most probable first, or "importance", a weighted random order; see above.
             keep_known_pixels: whether pixels outside the mask are those of the images, exactly. By default they are
                 decoded, as all others are, which leaves no seam.
             generator: one, or one per image.
@@ -379,7 +381,8 @@ class Pipeline:
             size: (height, width) of the canvas in pixels, multiples of the coarsest codes' stride.
             position: (top, left) of the images on the canvas, likewise.
             class_labels, prompts: as in `sample`, for all images or one per image; each window has the image's.
-            num_candidates: fillings of each window, of which one is drawn with the importance weights of `complete`.
+            num_candidates: fillings of each window, of which one is drawn with the importance weights of `complete`;
+                what it tends to at the default sampling options and at others is said there.
             stride: pixels by which the window moves; default half the shorter side of an image.
             keep_known_pixels: whether the images' own pixels are pasted into the canvas.
             generator: one, or one per image.
@@ -394,12 +397,12 @@ class Pipeline:
         check_output_type(output_type)
         _check_options(self.outpaint, options)
         check_candidates(num_candidates, "importance", batch_size)
-        stride = check_canvas(self.tokenizer, size, position, stride)
+        size, position, stride = check_canvas(self.tokenizer, size, position, stride)
         pixels = self.prepare(images)
         generators = one_generator_each(len(pixels), generator)
-        labels = self._conditions(_as_list(class_labels), prompts, len(pixels), generators)
+        labels = self._conditions(_as_list(class_labels), _as_list(prompts), len(pixels), generators)
         canvas, codes = outpaint(
-            self, pixels, labels, generators, size=tuple(size), position=tuple(position), stride=stride,
+            self, pixels, labels, generators, size=size, position=position, stride=stride,
             num_candidates=num_candidates, keep_known_pixels=keep_known_pixels, batch_size=batch_size, **options,
         )  # fmt: skip
         return codes if output_type == "codes" else as_output_type(canvas, output_type)
@@ -423,11 +426,13 @@ class Pipeline:
         """Draws more images than asked for and keeps the best: see `rejection.rejection_sample`.
 
         Args:
-            num_images, class_labels, prompts: see `sample`.
+            num_images, class_labels, prompts: see `sample`. Without labels, an image draws one of its own; with a
+                threshold, each draw does, so that what is accepted follows the model's own law of classes too.
             score: images (B, C, H, W) in [0, 1] -> (B,) numbers, the larger the better.
             classifier: in place of a score, images -> logits (B, num_classes) over the prior's classes; the score is
                 the probability of an image's own class (Razavi et al. 2019, arXiv:1906.00446, section 3.3).
-            keep_fraction: keep this fraction of all draws, the best of each class or prompt.
+            keep_fraction: keep this fraction of all draws, the best of each class or prompt; the number of draws of
+                each is rounded up to a whole one, so that of few images a smaller fraction may be kept.
             threshold: in place of a fraction, draw until the score reaches it.
             max_draws: with a threshold, draws of each image before it is given up.
             generator: one, or one per image.
@@ -445,6 +450,8 @@ class Pipeline:
         if output_type == "codes":
             raise ValueError("output_type 'codes' is for sampling")
         generators, labels = self._requested(num_images, class_labels, prompts, generator, batch_size)
+        if threshold is not None and class_labels is None and not self.prior.conditional_on_text:
+            labels = None  # an image's label is accepted or rejected with it
         accepted = rejection_sample(
             self, labels, generators, score=score, classifier=classifier, keep_fraction=keep_fraction,
             threshold=threshold, max_draws=max_draws, batch_size=batch_size, **options,
@@ -455,9 +462,10 @@ class Pipeline:
     def interpolate(self, first, second, num_images: int = 8, *, output_type: str = "pil"):
         """Images between two: decoded from straight lines between the vectors that their codes stand for.
 
-        The ends are the two reconstructions. What lies between are mixtures that no codes stand for; the decoder was
-        trained on none of them, and fades more than it transforms. To draw in-between images from the prior, `complete`
-        one image with half of the other.
+        The ends are the two reconstructions, by a decoder with latents of its own at their means, where `reconstruct`
+        draws them. What lies between are mixtures that no codes stand for; the decoder was trained on none of them, and
+        fades more than it transforms. To draw in-between images from the prior, `complete` one image with half of the
+        other.
 
         Args:
             first, second: one image each, or as many of one as of the other.
@@ -469,10 +477,10 @@ class Pipeline:
         """
         check_output_type(output_type)
         first, second = self.encode(first), self.encode(second)
-        if num_images < 2 or len(first[0]) != len(second[0]):
+        if not isinstance(num_images, Integral) or num_images < 2 or len(first[0]) != len(second[0]):
             raise ValueError(
-                "interpolation needs as many first images as second ones and num_images of at least 2, "
-                f"got {len(first[0])} and {len(second[0])} images and num_images = {num_images}"
+                "interpolation needs as many first images as second ones and num_images, an integer of at least 2, "
+                f"got {len(first[0])} and {len(second[0])} images and num_images = {num_images!r}"
             )
         weights = torch.linspace(0, 1, num_images, device=self.device)[None, :, None, None, None]
         lines = [  # in float32: vectors of some codes are integers, those of others of another type than the weights
@@ -492,13 +500,15 @@ class Pipeline:
 
     def _requested(self, num_images, class_labels, prompts, generator, batch_size: int):
         """A generator per image and what the prior calls labels, for the arguments of `sample`."""
-        class_labels = _as_list(class_labels)
+        class_labels, prompts = _as_list(class_labels), _as_list(prompts)
         if num_images is None:
             given = class_labels if prompts is None else prompts
             several = isinstance(given, Sequence) and not isinstance(given, str)
             num_images = len(given) if several else 1
         if not isinstance(num_images, Integral):
             raise ValueError(f"num_images must be an integer, got {num_images!r}; class labels are the second argument")
+        if not isinstance(batch_size, Integral):
+            raise ValueError(f"batch_size must be an integer, got {batch_size!r}")
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
         generators = one_generator_each(num_images, generator)
@@ -608,6 +618,8 @@ class Pipeline:
             return self._labels(class_labels, num_images, generators)
         if class_labels is not None:
             raise ValueError("this prior is conditional on captions: give prompts, not class_labels")
+        if not isinstance(prompts, Iterable | None):
+            raise ValueError(f"prompts must be a caption or a list of them, got {prompts!r}")
         prompts = [prompts or ""] * num_images if prompts is None or isinstance(prompts, str) else list(prompts)
         if len(prompts) != num_images:
             raise ValueError(f"got {len(prompts)} prompts for {num_images} images: give one, or one each")
@@ -621,10 +633,7 @@ class Pipeline:
 
     def _labels(self, class_labels, num_images: int, generators: list[torch.Generator]) -> Tensor | None:
         if class_labels is None:
-            if self.prior.num_classes == 0:
-                return None
-            draws = [torch.randint(self.prior.num_classes, (), generator=g, device=g.device).item() for g in generators]
-            return torch.tensor(draws, device="cpu")
+            return draw_labels(self.prior, generators)
         if isinstance(class_labels, (str, Number)):
             class_labels = [class_labels] * num_images
         if len(class_labels) != num_images:

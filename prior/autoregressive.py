@@ -120,8 +120,7 @@ class AutoregressivePrior(Prior):
         if given is not None:
             fixed, known = (self.spec.flatten(part).unbind(1) for part in given)
         steps, codes, sent = self.steps(classes), [], None
-        log_prob = torch.zeros(num_samples, device=noise.device)
-        totals: list[Tensor] = []
+        log_probs, totals = [torch.zeros(num_samples, device=noise.device)], []
         for i in range(length):
             logits = final_logits(steps.send(sent), options, i, length)
             code = draw(logits, uniform[i], totals)
@@ -129,7 +128,7 @@ class AutoregressivePrior(Prior):
                 code = torch.where(known[i], fixed[i], code)
             if with_log_prob:
                 added = log_prob_of(code, logits)
-                log_prob += added if given is None else added.masked_fill(known[i], 0.0)
+                log_probs.append(added if given is None else added.masked_fill(known[i], 0.0))
             codes.append(code)
             sent = code if copies == 1 else code.repeat(copies)
             if callback is not silent or codes_callback is not None:
@@ -138,6 +137,8 @@ class AutoregressivePrior(Prior):
                     if codes_callback is not None:
                         codes_callback(*self._so_far(codes, given))
         check_totals(totals)
+        # added one by one in float32, the rounding of thousands of codes shows; not every device has float64
+        log_prob = torch.stack(log_probs).to("cpu", torch.float64).sum(dim=0).to(noise.device, torch.float32)
         return Sampled(self.spec.unflatten(torch.stack(codes, dim=1)), log_prob)
 
     def _so_far(self, codes: list[Tensor], given) -> tuple[Codes, Codes]:

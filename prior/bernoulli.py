@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.annealed_importance import LogPartition
-from prior.base import Codes
+from prior.base import Codes, Sampled
 from prior.bits import BitPrior, BitPriorConfig, bits_to_codes, codes_to_bits, mask_to_bits
 from prior.sampling import NOT_NUMBERS
 
@@ -24,7 +24,7 @@ class Bernoulli(BitPrior):
     """
 
     Config = BitPriorConfig
-    sampling_options = frozenset({"temperature", "given"})
+    sampling_options = frozenset({"temperature", "given", "return_log_prob"})
 
     def __init__(self, config: BitPriorConfig):
         super().__init__(config)
@@ -54,14 +54,22 @@ class Bernoulli(BitPrior):
         self.check_inputs(codes, labels)
         return -self.energy(*self.sides(codes)) - self.log_partition_loss()
 
-    def _sample(self, num_samples, labels, options, noise, given, callback) -> Codes:
+    def _sample(self, *arguments) -> Codes:
+        return self._sample_by_steps(*arguments, None).codes
+
+    def _sample_by_steps(self, num_samples, labels, options, noise, given, callback, codes_callback) -> Sampled:
         uniform, logits = noise.uniform(self.num_bits), self.logits
         if logits.isnan().any():
             raise ValueError(NOT_NUMBERS)
-        most_probable = (logits > 0).expand_as(uniform)
-        bits = uniform < (logits / options.temperature).sigmoid() if options.temperature else most_probable
+        if options.temperature:
+            logits = logits / options.temperature
+            bits = uniform < logits.sigmoid()
+            log_probs = -F.softplus(torch.where(bits, -logits, logits))
+        else:  # nothing is left to chance
+            bits = (logits > 0).expand_as(uniform)
+            log_probs = torch.zeros_like(uniform)
         if given is not None:
-            fixed, known = given
-            bits = torch.where(mask_to_bits(self.spec, known), codes_to_bits(self.spec, fixed).bool(), bits)
+            fixed, known = codes_to_bits(self.spec, given[0]).bool(), mask_to_bits(self.spec, given[1])
+            bits, log_probs = torch.where(known, fixed, bits), log_probs.masked_fill(known, 0.0)
         callback(self.num_bits, self.num_bits)
-        return bits_to_codes(self.spec, bits)
+        return Sampled(bits_to_codes(self.spec, bits), log_probs.sum(dim=1))

@@ -33,16 +33,16 @@ class SamplingOptions:
     guidance_schedule: GuidanceSchedule = "constant"
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature!r}")
         if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
-            raise ValueError(f"top_k must be an integer of at least 1, or None to keep every code, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], or be None to keep every code, got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], or be None to keep every code, got {self.min_p}")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be finite and at least 0, got {self.guidance_scale}")
+            raise ValueError(f"top_k must be an integer of at least 1, or None to keep every code, got {self.top_k!r}")
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must lie in (0, 1], or be None to keep every code, got {self.top_p!r}")
+        if self.min_p is not None and not (is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise ValueError(f"min_p must lie in [0, 1], or be None to keep every code, got {self.min_p!r}")
+        if not (is_number(self.guidance_scale) and 0 <= self.guidance_scale < math.inf):
+            raise ValueError(f"guidance_scale must be finite and at least 0, got {self.guidance_scale!r}")
         object.__setattr__(self, "guidance_schedule", _checked_schedule(self.guidance_schedule))
         # what changes nothing is not an option at all, so that every prior can honour it
         if self.top_p == 1:
@@ -74,6 +74,11 @@ class SamplingOptions:
     def names_set(self) -> set[str]:
         """Names of the options that differ from their default."""
         return {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+
+
+def is_number(value) -> bool:
+    """Whether it is a real number of Python, NumPy or torch; text that reads like one is none."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def _checked_schedule(schedule) -> GuidanceSchedule:

@@ -6,9 +6,9 @@ python scripts/complete.py --images photo.png --mask '[8, 8, 24, 24]' --keep_kno
 python scripts/complete.py --images photo.png --size '[64, 96]'
 python scripts/complete.py --images '[seven.png, three.png, two.png]' --interpolate 8
 
-A row of the picture is one image: the original, then what was hidden of it in grey, then its completions, the best
-first. A prior in raster order does not look at what lies to the right of a hole or below it; --ranking importance with
-many candidates does.
+A row of the picture is one image: the original, then what was hidden of it in grey, then its completions in the order
+of --ranking. A prior in raster order does not look at what lies to the right of a hole or below it;
+--ranking importance with many candidates does.
 """
 
 from dataclasses import dataclass, fields
@@ -52,8 +52,8 @@ class Options:
             Where classes have names that are numbers, a number is the name.
         prompts: caption for all images, or a list of them, where the prior is conditional on captions.
         num_candidates: completions of each image; of each window of a canvas, one of which is taken.
-        ranking: the best completions are the most probable (log_prob), or drawn by how well what is known after the
-            region follows from them (importance).
+        ranking: the completions come in the order of their probability (log_prob), or in a random order, drawn with
+            weights by how well what is known after the region follows from them (importance).
         columns: completions shown of each image; default all.
         keep_known_pixels: show the images' own pixels wherever they are known, not decoded ones.
         temperature: divides the logits; 0 takes the most probable code each time.
@@ -122,6 +122,8 @@ def main() -> Outcome:
         mask = named_mask(config["mask"], pipeline.tokenizer)
         completions = pipeline.complete(pictures, mask, ranking=config["ranking"], **options)
         results["log_prob"] = completions.log_prob.tolist()
+        if completions.weights is not None:
+            results["weights"] = completions.weights.tolist()
         candidates = completions.images.unflatten(0, (len(pictures), -1))[:, : config["columns"]]
         originals, hidden = pipeline.prepare(pictures).cpu(), as_mask(mask, len(pictures), pipeline.tokenizer)
         rows = torch.cat([originals[:, None], originals.where(~hidden, 0.5)[:, None], candidates], dim=1)

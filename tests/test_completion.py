@@ -1,7 +1,11 @@
 """Masks against brute force, completions against the exact conditional of code spaces small enough to enumerate."""
 
 import itertools
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +18,11 @@ from pipelines.masks import as_mask, code_masks, fill_from_around, named_mask
 from pipelines.outpainting import canvas_tokenizer, corners
 from prior import PRIORS
 from prior.autoregressive import AutoregressivePrior
+from prior.sampling import SamplingOptions
 from tests import tiny
 from tests.test_pipeline import PREPROCESSING, make, make_tokenizer, seed, seeds
+from tests.test_priors import joint, sampled_joint
+from tests.test_text import make as make_with_captions
 from tokenizer import TOKENIZERS
 
 AUTOREGRESSIVE = [name for name, kind in PRIORS.items() if issubclass(kind, AutoregressivePrior)]
@@ -361,6 +368,23 @@ def test_weights_are_the_likelihood_of_the_known_codes(prior):
     torch.testing.assert_close(completions.weights[0], (weights / weights.sum()).float(), rtol=1e-3, atol=1e-5)
 
 
+def test_under_sampling_options_the_first_follows_their_law_times_the_likelihood_of_what_follows():
+    pipeline, n, num_candidates, options = make(), 1000, 20, {"temperature": 3.0, "top_k": 3}
+    spec, images = pipeline.prior.spec, random_images(1, 3, 8, 8).expand(n, -1, -1, -1)
+    completions = pipeline.complete(
+        images, TOP_HALF, num_candidates=num_candidates, ranking="importance", generator=seed(), output_type="codes",
+        batch_size=n * num_candidates, **options,
+    )  # fmt: skip
+    p = joint(pipeline.prior)
+    known = tuple(completions.codes[0][0, 1].tolist())
+    likelihood = p[:, :, *known] / p.sum((2, 3))
+    expected = sampled_joint(spec, SamplingOptions(**options), p).sum((2, 3)) * likelihood
+    first = frequencies(spec, (completions.codes[0][::num_candidates],)).reshape(p.shape)[:, :, *known]
+    exact = p[:, :, *known] / p[:, :, *known].sum()
+    # half sampling noise and half bias, as above
+    assert total_variation(first, expected / expected.sum()) < 0.1 < 0.2 < total_variation(first, exact)
+
+
 def test_a_prefix_is_conditioned_on_exactly_so_that_weights_are_equal():
     completions = make().complete(
         random_images(2, 3, 8, 8), TOP_HALF.flip(0), num_candidates=8, ranking="importance", generator=seed()
@@ -374,6 +398,7 @@ def test_one_label_serves_all_candidates_and_wrong_arguments_are_refused():
     for arguments, message in [
         ({"class_labels": [1]}, "got 1 class labels for 2 images: give one, or one each"),
         ({"num_candidates": 0}, "num_candidates and batch_size must be at least 1, got 0 and 64"),
+        ({"num_candidates": 1.5}, "num_candidates must be an integer, got 1.5"),
         ({"ranking": "best"}, "unknown ranking 'best'; choose from log_prob, importance"),
         ({"output_type": "latent"}, "unknown output_type 'latent'"),
         ({"generator": seeds(0)}, "got 1 generators for 2 images"),
@@ -384,6 +409,29 @@ def test_one_label_serves_all_candidates_and_wrong_arguments_are_refused():
     pictures = [Image.new("RGB", (8, 8))]
     with pytest.raises(ValueError, match="as large as its image, got 8 x 4 for an image of 8 x 8"):
         pipeline.complete(pictures, Image.new("L", (8, 4)))
+
+
+def calls_with_prompts(pipeline):
+    """Every way to give prompts, for two images; each gives codes or images as tensors."""
+    images = random_images(2, 3, 8, 8)
+    pt = {"generator": seed(), "output_type": "pt"}
+    return [
+        lambda prompts: pipeline.sample(2, prompts=prompts, **pt),
+        lambda prompts: pipeline.complete(images, TOP_HALF, prompts=prompts, **pt).images,
+        lambda prompts: pipeline.outpaint(images, (8, 12), prompts=prompts, **pt),
+        lambda prompts: pipeline.rejection_sample(2, prompts=prompts, score=lambda x: x.mean((1, 2, 3)),
+                                                  keep_fraction=0.5, **pt).images,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_prompts_come_as_a_list_or_an_array_and_what_is_none_is_refused(call):
+    pipeline = make_with_captions()
+    prompts = ["a one", "a three left of a seven"]
+    expected, found = (calls_with_prompts(pipeline)[call](form) for form in (prompts, np.array(prompts)))
+    assert found.equal(expected)
+    with pytest.raises(ValueError, match="prompts must be a caption or a list of them, got 3"):
+        calls_with_prompts(pipeline)[call](3)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +455,18 @@ def test_priors_that_cannot_weigh_single_codes_say_so(prior):
     pipeline = make("vqvae", prior)
     with pytest.raises(ValueError, match=f"{PRIORS[prior].__name__} does not predict one code after another"):
         pipeline.complete(torch.zeros(1, 3, 8, 8), TOP_HALF, num_candidates=2, ranking="importance")
+
+
+def test_the_script_tells_the_weights_of_candidates(tmp_path):
+    pipeline, script = make(), Path(__file__).resolve().parents[1] / "scripts/complete.py"
+    pipeline.save_pretrained(tmp_path / "p")
+    image = pipeline.sample(1)[0]
+    image.save(tmp_path / "a.png")
+    command = [sys.executable, script, "--run", "p", "--images", "a.png", "--mask", "top", "--ranking", "importance"]
+    command += ["--device", "cpu", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = pipeline.complete(image, TOP_HALF, num_candidates=4, ranking="importance", generator=seed())
+    assert json.loads(done.stdout)["weights"] == expected.weights.tolist()
 
 
 # --- outpainting ----------------------------------------------------------------------------------------------------
@@ -468,7 +528,8 @@ def test_a_canvas_of_the_images_own_size_is_the_reconstruction():
     pipeline, images = make(), random_images(2, 3, 8, 8)
     canvas = pipeline.outpaint(images, (8, 8), output_type="pt")
     torch.testing.assert_close(canvas, pipeline.reconstruct(images, output_type="pt"))
-    assert [image.size for image in pipeline.outpaint(images, (8, 16))] == [(16, 8)] * 2
+    for size in ((8, 16), [8, 16], np.array([8, 16]), torch.tensor([8, 16])):
+        assert [image.size for image in pipeline.outpaint(images, size)] == [(16, 8)] * 2
 
 
 @pytest.mark.parametrize("position", [(0, 0), (0, 4)])
@@ -495,6 +556,13 @@ def test_the_outer_codes_follow_the_prior_given_what_the_window_overlaps(positio
         ({"size": (16, 16), "position": (0, 2)}, r"position must be .* multiples of 4, .*got \(0, 2\)"),
         ({"size": (16, 16), "stride": 12}, "stride must be a multiple of 4 from 4 to 8 pixels, got 12"),
         ({"size": (16, 16), "stride": 2}, "got 2"),
+        ({"size": (16, 16), "stride": 4.0}, "stride must be a multiple of 4 .*, got 4.0"),
+        ({"size": 16}, r"size must be \(height, width\) in multiples of 4, .*got 16"),
+        ({"size": "16"}, "size must be .*got '16'"),
+        ({"size": (16.0, 16.0)}, r"size must be .*got \(16.0, 16.0\)"),
+        ({"size": (16, 16), "position": 4}, r"position must be \(top, left\) in multiples of 4, .*got 4"),
+        ({"size": (16, 16), "num_candidates": 1.5}, "num_candidates must be an integer, got 1.5"),
+        ({"size": (16, 16), "batch_size": 2.5}, "batch_size must be an integer, got 2.5"),
         ({"size": (16, 16), "class_labels": 1}, "this prior is unconditional"),
         ({"size": (16, 16), "output_type": "png"}, "unknown output_type 'png'"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 from pipelines import Pipeline
 from pipelines.animation import CodeRecording, partial_images, save_animation
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, save_model
+from pipelines.masks import code_masks, named_mask
 from pipelines.pictures import (
     check_picture,
     class_columns,
@@ -217,6 +219,9 @@ def test_labels_for_an_unconditional_prior_and_impossible_numbers_are_refused():
         ({"num_images": "cat"}, "num_images must be an integer, got 'cat'"),
         ({"generator": 3}, "generator must be a torch.Generator or a list of them, got 3"),
         ({"batch_size": 0}, "num_images and batch_size must be at least 1"),
+        ({"batch_size": 2.5}, "batch_size must be an integer, got 2.5"),
+        ({"temperature": "1"}, "temperature must be finite and at least 0, got '1'"),
+        ({"top_p": "0.9"}, r"top_p must lie in \(0, 1\], or be None to keep every code, got '0.9'"),
         ({"temperature": -1}, "temperature must be finite and at least 0"),
         ({"guidance_scale": 2.0}, "needs a prior that is conditional on classes or captions"),
     ]:
@@ -375,8 +380,9 @@ def test_a_line_between_two_images_begins_and_ends_with_their_reconstructions(to
     assert len(pipeline.interpolate(first[:1], second[:1])) == 8
     with pytest.raises(ValueError, match="got 1 and 3 images and num_images = 8"):
         pipeline.interpolate(first[:1], second)
-    with pytest.raises(ValueError, match="num_images = 1"):
-        pipeline.interpolate(first, second, 1)
+    for number in (1, 2.5, "8"):
+        with pytest.raises(ValueError, match=f"an integer of at least 2, .* num_images = {number!r}"):
+            pipeline.interpolate(first, second, number)
 
 
 # Folders
@@ -861,6 +867,35 @@ def test_an_animation_begins_grey_and_ends_with_the_samples(channels, num_frames
     pixels = [(abs(frame - frames[0]) > 2).any(axis=2).sum() for frame in frames]
     assert sorted(pixels) == pixels
     assert len(set(pixels)) == kept
+
+
+@pytest.mark.parametrize("tokenizer", ["vqvae", "vqvae2"])
+@pytest.mark.parametrize("hidden", ["top", "bottom", "left", "right", [12, 12, 20, 20], [31, 31, 32, 32]], ids=str)
+def test_a_recording_of_completions_begins_with_what_is_known(tokenizer, hidden):
+    pipeline, images = make(tokenizer, image_shape=(3, 32, 32)), torch.rand(2, 3, 32, 32)
+    recording = CodeRecording(pipeline.prior.spec, num_frames=8)
+    mask = named_mask(hidden, pipeline.tokenizer)
+    codes = pipeline.complete(images, mask, codes_callback=recording, generator=seed()).codes
+    unknown, _ = code_masks(mask.expand(2, 1, 32, 32), pipeline.tokenizer)
+    assert all(there.equal(~level) for there, level in zip(recording.states[0][1], unknown))
+    assert all(there.all() and told.equal(level) for told, there, level in zip(*recording.states[-1], codes))
+    # each comes as many steps after the one before it as the plain recording's
+    order = pipeline.prior.spec.flatten(unknown)[0]
+    assert len(recording.states) == 1 + math.ceil(len(order) / recording.every) <= 8
+    for number, (_, arrived) in enumerate(recording.states):
+        missing = order[number * recording.every :]
+        assert pipeline.prior.spec.flatten(arrived)[0].sum() == len(order) - missing.sum()
+
+
+@pytest.mark.parametrize("prior", ["uniform", "factorial"])
+def test_a_recording_of_codes_that_come_all_at_once_begins_empty(prior):
+    pipeline = make("vqvae", prior)
+    recording = CodeRecording(pipeline.prior.spec)
+    (codes,) = pipeline.sample(2, codes_callback=recording, output_type="codes")
+    (_, (first,)), ((last,), (there,)) = recording.states
+    assert not first.any()
+    assert there.all()
+    assert last.equal(codes)
 
 
 def test_recordings_of_nothing_and_of_two_batches_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from prior import PRIORS, CodeSpec, PriorConfig
-from prior.autoregressive import AutoregressivePrior, structure
+from prior.autoregressive import AutoregressiveConfig, AutoregressivePrior, structure
 from prior.base import Prior
 from prior.gpt import Attention, GPTConfig, coordinates, rotary_angles, rotary_table, rotate
 from prior.pixelcnn import GatedPixelCNN, PixelCNN, PixelCNNConfig
@@ -274,11 +274,46 @@ def test_the_log_probability_of_a_plain_sample_is_the_priors_own(name, spec):
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     codes, log_prob = prior.sample(20, labels, generator=generators[0], return_log_prob=True)
     torch.testing.assert_close(log_prob, prior.log_prob(codes, labels), atol=1e-4, rtol=1e-4)
-    by_code = prior.log_prob_by_code(codes, labels)
-    assert [part.shape for part in by_code] == [code.shape for code in codes]
-    torch.testing.assert_close(prior.spec.flatten(by_code).sum(1), log_prob, atol=1e-4, rtol=1e-4)
+    if type(prior).log_prob_by_code is not Prior.log_prob_by_code:
+        by_code = prior.log_prob_by_code(codes, labels)
+        assert [part.shape for part in by_code] == [code.shape for code in codes]
+        torch.testing.assert_close(prior.spec.flatten(by_code).sum(1), log_prob, atol=1e-4, rtol=1e-4)
     plain = prior.sample(20, labels, generator=generators[1])
     assert all(a.equal(b) for a, b in zip(plain, codes))
+
+
+@pytest.mark.parametrize("known", [None, [None, 1, None], [3, None, 0]], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0, 3.0])
+def test_independent_bits_have_the_log_probability_of_brute_force(temperature, known):
+    prior, spec = build("bernoulli", tiny.SPECS["powers"]), tiny.SPECS["powers"]
+    expected = sampled_joint(spec, SamplingOptions(temperature), joint(prior), known=known)
+    given = known and tuple(
+        spec.unflatten(torch.tensor([part] * NUM_SAMPLES))
+        for part in ([code or 0 for code in known], [code is not None for code in known])
+    )
+    sampled = prior.sample(NUM_SAMPLES, temperature=temperature, given=given, return_log_prob=True,
+                           generator=torch.Generator().manual_seed(0))  # fmt: skip
+    assert_frequencies_match(sampled.codes, spec, expected)
+    assert_log_prob_is_that_of_the_draws(sampled, spec, expected)  # given codes were not drawn
+
+
+class Dice(AutoregressivePrior):
+    """Fair dice: the simplest distribution of many codes."""
+
+    Config = AutoregressiveConfig
+
+    def logits(self, codes, classes):
+        return tuple(torch.zeros(len(c), c[0].numel(), k) for c, k in zip(codes, self.spec.vocab_sizes))
+
+    def steps(self, classes):
+        while True:
+            yield torch.zeros(len(classes), self.spec.vocab_sizes[0])
+
+
+def test_log_probabilities_of_long_sequences_are_exact_to_the_last_digit():
+    prior = Dice(AutoregressiveConfig(spec=CodeSpec(((64, 64),), (10,))))
+    log_prob = prior.sample(2, return_log_prob=True).log_prob
+    torch.testing.assert_close(log_prob, torch.full((2,), -4096 * math.log(10)), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", AUTOREGRESSIVE)

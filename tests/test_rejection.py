@@ -39,6 +39,26 @@ def test_what_reaches_a_threshold_follows_the_prior_given_that_it_does():
     assert (np.abs(measured - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1 / n).all()
 
 
+def test_what_reaches_a_threshold_follows_the_classes_of_the_model_too():
+    """Plain draws of a class and of codes given it, looked at once and for all; not one class until it succeeds."""
+    pipeline, n = make("vqvae", "factorial", 3), 600
+    codes = all_codes(pipeline.tokenizer.spec)
+    with torch.no_grad():
+        pipeline.prior.logits[0] *= 5  # classes that differ
+        scores = brightness(pipeline.tokenizer.decode(codes))
+        p = [pipeline.prior.log_prob(codes, torch.full((len(scores),), y)).double().exp() / 3 for y in range(3)]
+    threshold = scores.quantile(0.9).item()
+    expected = np.array([q[scores >= threshold].sum().item() for q in p])
+    assert 3 * expected.min() < expected.max()
+    accepted = pipeline.rejection_sample(n, score=brightness, threshold=threshold, generator=seed(), max_draws=10_000,
+                                         output_type="pt", batch_size=2000)  # fmt: skip
+    rate = expected.sum()
+    # five standard deviations of a binomial count
+    assert accepted.acceptance_rate == pytest.approx(rate, abs=5 * np.sqrt(rate * (1 - rate) / accepted.num_draws))
+    measured, expected = accepted.class_labels.bincount(minlength=3).numpy() / n, expected / rate
+    assert (np.abs(measured - expected) <= 5 * np.sqrt(expected * (1 - expected) / n)).all()
+
+
 def equal(first: Accepted, second: Accepted, rows=slice(None)):
     labels = [None if a.class_labels is None else a.class_labels[rows].tolist() for a in (first, second)]
     return torch.equal(first.scores[rows], second.scores[rows]) and labels[0] == labels[1]
@@ -53,11 +73,13 @@ def test_an_accepted_image_depends_on_its_own_generator_alone(num_classes):
     for batch_size in (1, 3):
         other = pipeline.rejection_sample(5, generator=seeds(*range(5)), batch_size=batch_size, **options)
         torch.testing.assert_close(other.scores, together.scores)
+        assert num_classes == 0 or other.class_labels.equal(together.class_labels)
         assert other.num_draws == together.num_draws  # draws that were made but not looked at do not count
     total = 0
     for i in range(5):
         alone = pipeline.rejection_sample(1, generator=seeds(i), **options)
         torch.testing.assert_close(alone.images, together.images[i : i + 1])
+        assert num_classes == 0 or alone.class_labels.equal(together.class_labels[i : i + 1])
         total += alone.num_draws
     assert total == together.num_draws > 5
 
@@ -171,6 +193,9 @@ def test_a_threshold_out_of_reach_is_an_error_with_the_best_score():
         ({"score": brightness, "threshold": 1, "keep_fraction": 1}, "either keep_fraction or threshold, got both"),
         ({"score": brightness, "keep_fraction": 0}, r"keep_fraction must lie in \(0, 1\], got 0"),
         ({"score": brightness, "keep_fraction": 1.5}, r"got 1.5"),
+        ({"score": brightness, "keep_fraction": "0.5"}, r"keep_fraction must lie in \(0, 1\], got '0.5'"),
+        ({"score": brightness, "threshold": "0.5"}, "threshold must be finite, got '0.5'"),
+        ({"score": brightness, "threshold": 0, "max_draws": 2.5}, "max_draws must be an integer, got 2.5"),
         ({"score": brightness, "threshold": float("nan")}, "threshold must be finite, got nan"),
         ({"score": brightness, "threshold": 0, "max_draws": 0}, "max_draws must be at least 1, got 0"),
         ({"score": lambda x: x, "threshold": 0}, r"one finite number for each of 2 images, got \(2, 3, 8, 8\)"),

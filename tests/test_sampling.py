@@ -200,6 +200,12 @@ def test_a_wrong_number_of_generators_is_refused():
         ("temperature", -1.0, "at least 0, got -1.0"),
         ("temperature", float("nan"), "at least 0, got nan"),
         ("temperature", float("inf"), "finite and at least 0, got inf"),
+        ("temperature", "1", "finite and at least 0, got '1'"),
+        ("temperature", None, "got None"),
+        ("top_k", "5", "got '5'"),
+        ("top_p", "0.9", "got '0.9'"),
+        ("min_p", [0.1], r"got \[0.1\]"),
+        ("guidance_scale", "2", "got '2'"),
         ("top_k", 0, "at least 1, or None to keep every code, got 0"),
         ("top_k", 1.5, "got 1.5"),
         ("top_p", 0.0, r"\(0, 1\], or be None to keep every code, got 0.0"),
@@ -219,6 +225,14 @@ def test_a_wrong_number_of_generators_is_refused():
 def test_options_out_of_range_are_refused(option, value, limit):
     with pytest.raises(ValueError, match=f"{option} must .*{limit}"):
         SamplingOptions(**{option: value})
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, torch.tensor])
+def test_numbers_of_every_library_are_options(kind):
+    options = SamplingOptions(*map(kind, [0.5]), top_p=kind(0.9), min_p=kind(0.1), guidance_scale=kind(2.0))
+    logits = torch.randn(4, 5)
+    expected = filter_logits(logits, SamplingOptions(0.5, top_p=0.9, min_p=0.1))
+    torch.testing.assert_close(filter_logits(logits, options), expected)
 
 
 @pytest.mark.parametrize(
