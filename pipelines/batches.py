@@ -1,10 +1,11 @@
 """Which images a step sees, as a function of the step: nothing to save, nothing to restore."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 
 class StepBatches:
@@ -78,6 +79,11 @@ class StepBatches:
 def derived_seed(*parts) -> int:
     """A seed that is a function of all its parts, and unrelated for neighbouring ones."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+def read_batch(dataset: Dataset, keys: Iterable) -> dict:
+    """A whole batch of a data set that has `__getitems__` and `collate`, as a loader would make it."""
+    return dataset.collate(dataset.__getitems__(list(keys)))
 
 
 def to_device(batch, device: torch.device):

@@ -69,6 +69,16 @@ def build_tokenizer(config: dict) -> Tokenizer:
     return tokenizer
 
 
+def build_tokenizer_for(images, options: dict) -> Tokenizer:
+    """The tokenizer that {"type": name, **options} describes, for images as of `load_images`: their shape, preparation
+    and, where it is conditional on them, classes."""
+    implied = {"image_shape": images.image_shape, "preprocessing": images.preprocessing}
+    kind = lookup("tokenizer", TOKENIZERS, str(options.get("type", "")))
+    if "num_classes" in {field.name for field in fields(kind.Config)}:
+        implied["num_classes"] = images.num_classes
+    return build_tokenizer({**options, **implied})
+
+
 def build_prior(config: dict) -> Prior:
     """The prior that {"type": name, **fields} describes. Raises ValueError naming what is unknown or missing."""
     return _build("prior", PRIORS, config)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipelines.batches import read_batch
 from pipelines.evaluation_cache import cached
 from pipelines.features import FeatureNetwork
 from pipelines.metrics import NotMeasurableError
@@ -105,7 +106,7 @@ def _train(classifier: Classifier, images, seed: int) -> Classifier:
     classifier.train()
     steps = order[: num_steps * batch_size].split(batch_size)
     for keys in tqdm(steps, desc="training the classifier", unit="step", disable=None):
-        batch = images.collate(images.__getitems__(keys.tolist()))
+        batch = read_batch(images, keys.tolist())
         _, logits = classifier(batch["image"])
         optimizer.zero_grad()
         F.cross_entropy(logits, batch["label"]).backward()
@@ -117,7 +118,7 @@ def _train(classifier: Classifier, images, seed: int) -> Classifier:
 def _accuracy(network: FeatureNetwork, images) -> float:
     correct = 0
     for start in range(0, len(images), 500):
-        batch = images.collate(images.__getitems__(list(range(start, min(start + 500, len(images))))))
+        batch = read_batch(images, range(start, min(start + 500, len(images))))
         correct += (network(batch["image"])[1].argmax(dim=1) == batch["label"]).sum().item()
     return correct / len(images)
 

@@ -17,7 +17,6 @@ from pipelines.masks import HALVES, code_masks, named_mask
 from pipelines.metrics import psnr
 from pipelines.two_stage import Pipeline
 from prior import RBM, Uniform
-from prior.autoregressive import AutoregressivePrior
 from prior.base import Codes, Prior
 from tokenizer.base import Tokenizer
 
@@ -92,7 +91,7 @@ def _why_no_guidance(prior: Prior) -> str | None:
         return f"{type(prior).__name__} cannot honour it"
     if not prior.num_classes and not prior.conditional_on_text:
         return "the prior is unconditional"
-    if isinstance(prior, AutoregressivePrior) and prior.config.class_dropout == 0:
+    if not prior.learned_unconditional:
         return "the prior was trained without class dropout"
     return None
 

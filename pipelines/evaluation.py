@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pipelines.batches import read_batch
 from pipelines.checkpoint import weights_of
 from pipelines.classifier import classifier_features
 from pipelines.codebook_pictures import position_entropy, save_codebook_pictures
@@ -399,7 +400,7 @@ class Evaluation:
         count = min(len(self.images), self.num_samples)
         decoded = []
         for keys in torch.linspace(0, len(self.images) - 1, count).long().split(self.batch_size):
-            batch = self.images.collate(self.images.__getitems__(keys.tolist()))["image"]
+            batch = read_batch(self.images, keys.tolist())["image"]
             generator = torch.Generator().manual_seed(keys[0].item())
             batch = batch.to(self.pipeline.device, self.pipeline.dtype)
             decoded.append(self.pipeline.reconstruct(batch, generator=generator, output_type="pt"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipelines.batches import read_batch
 from pipelines.evaluation_cache import cached
 from pipelines.metrics import NotMeasurableError
 
@@ -52,7 +53,7 @@ def batches(dataset, batch_size: int, description: str) -> Iterator[Tensor]:
     """The images of a data set, with a progress bar."""
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch", disable=None):
         keys = list(range(start, min(start + batch_size, len(dataset))))
-        yield dataset.collate(dataset.__getitems__(keys))["image"]
+        yield read_batch(dataset, keys)["image"]
 
 
 def extract(network: FeatureNetwork, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

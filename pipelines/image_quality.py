@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipelines.batches import derived_seed
+from pipelines.batches import derived_seed, read_batch
 from pipelines.classifier import at_most
 from pipelines.drawing import decode_codes, one_generator_each
 from pipelines.features import (
@@ -160,6 +160,6 @@ def save_neighbours(samples: Tensor, neighbours: Neighbours, dataset, path: Path
     for shown in (nearest, others):
         if len(shown) == len(nearest):  # whole rows only
             keys = neighbours.indices[shown].T  # (k, shown)
-            rows = [dataset.collate(dataset.__getitems__(row.tolist()))["image"] for row in keys]
+            rows = [read_batch(dataset, row.tolist())["image"] for row in keys]
             blocks += [samples[shown], *rows]
     return save_grid(torch.cat(blocks), path, columns=len(nearest))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipelines.batches import read_batch
 from pipelines.metrics import NotMeasurableError, bits_per_dim
 from pipelines.seeding import own_randomness
 from prior.base import Codes, Prior
@@ -118,7 +119,7 @@ def log_likelihoods(
     ):
         for start in starts:
             keys = list(range(start, min(start + batch_size, len(dataset))))
-            batch = dataset.collate(dataset.__getitems__(keys))
+            batch = read_batch(dataset, keys)
             labels = None if label_of is None else label_of[batch["label"]]
             parts.append(_of_batch(pipeline, batch["image"], labels, num_draws, bar.update))
     return LogLikelihoods(*(torch.cat(column) for column in zip(*parts)))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.batches import read_batch
 from pipelines.images import DataConfig, ImageDataset, load_images
 
 NOISE = "noise"
@@ -52,7 +53,7 @@ class Unlabelled:
         return len(self.images)
 
     def __getitems__(self, keys: list[int]) -> dict[str, Tensor]:
-        batch = self.images.collate(self.images.__getitems__(keys))
+        batch = read_batch(self.images, keys)
         return {"image": batch["image"], "label": torch.zeros(len(keys), dtype=torch.int64)}
 
     collate = staticmethod(NoiseImages.collate)

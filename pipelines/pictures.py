@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipelines.batches import read_batch
 from pipelines.files import atomic_file
 from pipelines.runs import check_writable
 from prior.base import Prior, evaluating
@@ -94,7 +95,7 @@ def save_reconstructions(tokenizer: Tokenizer, images: Dataset, path: Path, *, n
     columns = min(16, len(images))
     count = min(num_images, len(images)) // columns * columns  # whole rows: each original above its reconstruction
     indices = torch.linspace(0, len(images) - 1, count).long().tolist()
-    originals = images.collate(images.__getitems__(indices))["image"].to(device)
+    originals = read_batch(images, indices)["image"].to(device)
     with evaluating(tokenizer):
         reconstructions = tokenizer.decode(tokenizer.encode(originals))
     return save_grid(side_by_side(originals, reconstructions, columns), path, columns=columns)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from pipelines.batches import StepBatches, derived_seed, to_device
+from pipelines.batches import StepBatches, derived_seed, read_batch, to_device
 from pipelines.checkpoint import has_states, load_state, newest_state, save_state
 from pipelines.config import differences, flatten, read_yaml
 from pipelines.ema import EMA
@@ -273,7 +273,7 @@ class _Run:
     def _initialize(self) -> None:
         size = min(self.config.batch_size, LARGEST_INITIAL_BATCH)
         keys = StepBatches(len(self.train_data), size, seed=self.config.seed, total_steps=1).keys(0, 0)
-        batch = to_device(self.train_data.collate(self.train_data.__getitems__(keys)), self.accelerator.device)
+        batch = to_device(read_batch(self.train_data, keys), self.accelerator.device)
         for update in self.updates:
             with _naming_memory(self.config):
                 update.module.to(self.accelerator.device).initialize(batch)

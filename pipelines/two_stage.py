@@ -624,7 +624,7 @@ class Pipeline:
         if len(prompts) != num_images:
             raise ValueError(f"got {len(prompts)} prompts for {num_images} images: give one, or one each")
         ids = self.text_tokenizer.encode_prompts(prompts)
-        if self.prior.config.class_dropout == 0 and (ids == PADDING).all(dim=1).any():
+        if not self.prior.learned_unconditional and (ids == PADDING).all(dim=1).any():
             raise ValueError(
                 "this prior was trained without class dropout (class_dropout = 0) and does not know what to draw "
                 "without a caption; give a prompt for each image"

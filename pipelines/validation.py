@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pipelines.batches import to_device
+from pipelines.batches import read_batch, to_device
 from pipelines.objectives import Objective
 
 
@@ -27,7 +27,7 @@ def validate(accelerator: Accelerator, module: nn.Module, dataset: Dataset, batc
     sums: dict[str, Tensor] = {}
 
     def add(part: range, weight: int) -> None:
-        batch = dataset.collate(dataset.__getitems__(list(part)))
+        batch = read_batch(dataset, part)
         for name, value in module(to_device(batch, accelerator.device)).items():
             sums[name] = sums.get(name, 0) + weight * value.double().sum()
 

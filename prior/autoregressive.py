@@ -45,6 +45,10 @@ class AutoregressivePrior(Prior):
         }
     )
 
+    @property
+    def learned_unconditional(self) -> bool:
+        return self.config.class_dropout > 0
+
     @abstractmethod
     def logits(self, codes: Codes, classes: Tensor) -> tuple[Tensor, ...]:
         """(B, N_l, K_l) per level: the logits of each code, given the codes before it and the classes (B,).
@@ -153,7 +157,7 @@ class AutoregressivePrior(Prior):
 
     def _check_options(self, options) -> None:
         super()._check_options(options)
-        if options.guided and self.config.class_dropout == 0:
+        if options.guided and not self.learned_unconditional:
             raise ValueError(
                 f"guidance_scale = {options.guidance_scale} needs a prior that also learned to do without labels "
                 f"or captions, but this one was trained without class dropout (class_dropout = 0); "

@@ -228,6 +228,7 @@ class Prior(nn.Module, ABC):
 
     Config: type[PriorConfig] = PriorConfig
     takes_text: bool = False
+    learned_unconditional: bool = True  # whether one that is conditional also draws without its label or caption
     sampling_options: frozenset[str] = frozenset()
 
     def __init__(self, config: PriorConfig):

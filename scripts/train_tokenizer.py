@@ -9,12 +9,12 @@ stage_one/ (log, pictures, states).
 """
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pipelines.checkpoint import build_tokenizer, fingerprint, save_model
+from pipelines.checkpoint import build_tokenizer_for, fingerprint, save_model
 from pipelines.code_writing import fitting_batch_size, write_codes
 from pipelines.codes import smallest_dtype
 from pipelines.config import Polymorphic, parse, peek
@@ -59,10 +59,7 @@ def main() -> Outcome | None:
 
     # Model
     torch.manual_seed(training.seed)
-    implied = {"image_shape": train_images.image_shape, "preprocessing": train_images.preprocessing}
-    if "num_classes" in {field.name for field in fields(TOKENIZERS[config["tokenizer"]["type"]].Config)}:
-        implied["num_classes"] = train_images.num_classes
-    tokenizer = build_tokenizer({**config["tokenizer"], **implied})
+    tokenizer = build_tokenizer_for(train_images, config["tokenizer"])
     if tokenizer.spec.is_discrete:
         for vocab_size in tokenizer.spec.vocab_sizes:
             smallest_dtype(vocab_size)  # codes that could not be stored are refused before training, not after
@@ -86,7 +83,7 @@ def main() -> Outcome | None:
 
     # Model folder and codes
     outcome = Outcome({"output": str(folder), **result.summary(), "pictures": [str(folder / "reconstructions.png")]})
-    tokenizer = build_tokenizer({**config["tokenizer"], **implied})
+    tokenizer = build_tokenizer_for(train_images, config["tokenizer"])
     tokenizer.load_state_dict(result.weights)
     tokenizer.to(accelerator.device).eval()
     if accelerator.is_main_process:

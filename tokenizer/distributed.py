@@ -1,4 +1,4 @@
-"""Whether there are other processes, with which statistics must be made equal: the only thing models ask of them."""
+"""The only thing that models ask of other processes: whether there are any, with which statistics must be equal."""
 
 import torch.distributed as dist
 

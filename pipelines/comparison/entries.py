@@ -29,7 +29,7 @@ from pathlib import Path
 
 import yaml
 
-from pipelines.checkpoint import build_prior, build_tokenizer
+from pipelines.checkpoint import build_prior, build_tokenizer_for
 from pipelines.config import Polymorphic, parse, read_yaml
 from pipelines.images import DataConfig, ImageDataset
 from pipelines.training_config import TrainingConfig
@@ -216,7 +216,7 @@ def check_models(entries: Sequence[Entry], images: ImageDataset) -> None:
         try:
             TrainingConfig(**entry.stage_one["training"])
             if entry.tokenizer_of is None:
-                tokenizers[entry.name] = _build_tokenizer(entry.stage_one["tokenizer"], images)
+                tokenizers[entry.name] = build_tokenizer_for(images, entry.stage_one["tokenizer"])
             tokenizer = tokenizers[entry.tokenizer_of or entry.name]
             if entry.stage_two is not None:
                 TrainingConfig(**entry.stage_two["training"])
@@ -226,10 +226,3 @@ def check_models(entries: Sequence[Entry], images: ImageDataset) -> None:
                     raise ValueError(f"a {type(prior).__name__} prior has nothing to train; leave 'prior' out")
         except ValueError as error:
             raise ValueError(f"model '{entry.name}': {error}") from error
-
-
-def _build_tokenizer(options: dict, images):
-    implied = {"image_shape": images.image_shape, "preprocessing": images.preprocessing}
-    if "num_classes" in {field.name for field in fields(TOKENIZERS[options["type"]].Config)}:
-        implied["num_classes"] = images.num_classes
-    return build_tokenizer({**options, **implied})

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pipelines.batches import derived_seed
+from pipelines.batches import derived_seed, read_batch
 from pipelines.comparison.findings import Findings
 from pipelines.comparison.running import PRIOR, TOKENIZER, Member
 from pipelines.drawing import decode_codes, encode_images, one_generator_each
@@ -72,7 +72,7 @@ class Grids:
         count = min(NUM_RECONSTRUCTED, len(images))
         columns = min(COLUMNS, count)
         keys = torch.linspace(0, len(images) - 1, count // columns * columns).long().tolist()
-        originals = images.collate(images.__getitems__(keys))["image"]
+        originals = read_batch(images, keys)["image"]
         generator = torch.Generator().manual_seed(derived_seed(self.seed, "reconstruction"))
         generators = one_generator_each(len(originals), generator)
         batch = pipeline.prepare(originals).to(pipeline.dtype)

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tokenizer.distributed import is_distributed
 from tokenizer.latent_networks.base import Decoded, LatentNetwork, Noise
-from tokenizer.quantizers.codebook import is_distributed
 
 
 class MLP(LatentNetwork):
