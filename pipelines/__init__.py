@@ -12,11 +12,11 @@ def __getattr__(name: str):
 
         return Pipeline
     if name == "evaluate":
-        from pipelines.evaluation import evaluate
+        from pipelines.evaluation.evaluate import evaluate
 
         return evaluate
     if name == "comparable":
-        from pipelines.protocol import comparable
+        from pipelines.evaluation.protocol import comparable
 
         return comparable
     if name in __all__:

@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCardData
 
-from pipelines.report import format_rows, parts_of
+from pipelines.evaluation.report import format_rows, parts_of
 
 
 def model_card(pipeline) -> str:

@@ -15,10 +15,10 @@ import yaml
 
 from pipelines.checkpoint import CONFIG_NAME, load_tokenizer
 from pipelines.config import differences, flatten, has_config_file, peek, read_yaml, wants_json
+from pipelines.evaluation.report import format_table
 from pipelines.files import atomic_file, read_json
 from pipelines.images import DataConfig, ImageDataset, contents_of, load_images
 from pipelines.launch import exit_process
-from pipelines.report import format_table
 from tokenizer.base import Tokenizer
 
 RUNS = Path("runs")

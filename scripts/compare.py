@@ -25,7 +25,7 @@ from pipelines.comparison.progress import Progress
 from pipelines.comparison.report import as_json, terminal_table
 from pipelines.comparison.running import IN_WORDS, Runner, members_of
 from pipelines.config import parse, peek
-from pipelines.evaluation import Group
+from pipelines.evaluation.evaluate import Group
 from pipelines.files import folder_lock, write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit

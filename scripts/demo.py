@@ -42,8 +42,8 @@ class Options:
 def main() -> None:
     refuse_several_processes()
     config = parse(__doc__, {}, Options)
-    from pipelines.demo import Limits
-    from pipelines.demo_server import import_gradio, serve
+    from pipelines.demo.actions import Limits
+    from pipelines.demo.server import import_gradio, serve
     from pipelines.pipeline_index import INDEX_NAME
     from pipelines.two_stage import Pipeline
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 from pipelines.checkpoint import weights_of
 from pipelines.config import parse, peek
-from pipelines.evaluation import NEED_TRAINING_IMAGES, Group, evaluate
+from pipelines.evaluation.evaluate import NEED_TRAINING_IMAGES, Group, evaluate
+from pipelines.evaluation.likelihood import set_ais_sizes
+from pipelines.evaluation.report import RESULT_NAME, dropped, earlier_result, format_summary, record, with_earlier
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
-from pipelines.likelihood import set_ais_sizes
 from pipelines.pipeline_index import INDEX_NAME
-from pipelines.report import RESULT_NAME, dropped, earlier_result, format_summary, record, with_earlier
 from pipelines.runs import (
     Outcome,
     check_writable,

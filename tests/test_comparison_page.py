@@ -25,8 +25,8 @@ from pipelines.comparison.page import best_rows, escape_markdown, protocol_of, w
 from pipelines.comparison.plots import charts_of
 from pipelines.comparison.report import as_json, terminal_table
 from pipelines.comparison.running import Failure, Member, Runner, members_of
+from pipelines.evaluation.protocol import ANY
 from pipelines.pictures import save_grid
-from pipelines.protocol import ANY
 from tests.outline import Outline
 
 # Numbers

@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from pipelines import canvas, demo
 from pipelines.code_pictures import LARGEST_CELL, NO_CODE, code_picture, wrapped
-from pipelines.demo import ANY_CLASS, NO_CLASS, PAINTED, Choices, Limits
-from pipelines.demo_server import is_loopback
+from pipelines.demo import actions, canvas
+from pipelines.demo.actions import ANY_CLASS, NO_CLASS, PAINTED, Choices, Limits
+from pipelines.demo.server import is_loopback
 from pipelines.masks import code_masks
 from tests import tiny
 from tests.test_pipeline import NAMES, PREPROCESSING, make, make_tokenizer, seed
@@ -65,7 +65,7 @@ def condition(pipeline):
 
 def frames(pipeline, num_images=2, choices=None, **options):
     options = {"limits": LIMITS, "stop": Event(), "seconds_per_frame": 0.0, **options}
-    return demo.sample(pipeline, num_images, choices or Choices(condition(pipeline)), **options)
+    return actions.sample(pipeline, num_images, choices or Choices(condition(pipeline)), **options)
 
 
 # Uploads
@@ -307,7 +307,7 @@ def test_exactly_what_a_pipeline_refuses_is_disabled(kind):
         pipeline.sample(prompts="") if prompts else pipeline.sample(guidance_scale=0.0)
     except ValueError:
         found.add("unconditional")
-    why = demo.refusals(pipeline)
+    why = actions.refusals(pipeline)
     if "complete" in why:  # then nobody asks for weights
         found -= {"importance"}
         why.pop("importance", None)
@@ -323,35 +323,37 @@ def test_everything_on_the_page_works_with_every_kind_of_pipeline(kind):
     *_, last = frames(pipeline, 3)
     assert last.images.shape == (3, 3, 8, 8)
     assert last.arrived == last.length == spec.length
-    result = demo.reconstruct(pipeline, last.images[0])
+    result = actions.reconstruct(pipeline, last.images[0])
     assert result.reconstruction.shape == (3, 8, 8)
     assert all(code_picture(code[0], size).mode == "RGB" for code, size in zip(result.codes, spec.vocab_sizes))
     other = pipeline.encode(last.images[1:2])
-    for region in demo.regions(pipeline):
+    for region in actions.regions(pipeline):
         painted = torch.eye(8, dtype=torch.bool)
-        taken = demo.taken_codes(pipeline, range(spec.num_levels), region, painted)
-        assert demo.decode(pipeline, demo.exchange(result.codes, other, taken)).shape == (3, 8, 8)
-    for name in demo.classes(pipeline):
+        taken = actions.taken_codes(pipeline, range(spec.num_levels), region, painted)
+        assert actions.decode(pipeline, actions.exchange(result.codes, other, taken)).shape == (3, 8, 8)
+    for name in actions.classes(pipeline):
         assert next(frames(pipeline, 2, Choices(name), watch=False)).images.shape == (2, 3, 8, 8)
-    assert type(pipeline.prior).__name__ in demo.description(pipeline)
+    assert type(pipeline.prior).__name__ in actions.description(pipeline)
 
 
 def test_a_description_says_what_a_pipeline_is_made_of():
-    assert demo.description(make("vqvae2", "pixelcnn", 3)) == (
+    assert actions.description(make("vqvae2", "pixelcnn", 3)) == (
         "VQVAE2 of colour images of 8 x 8 pixels, codes 2 x 2 of 3 + 4 x 4 of 5; prior PixelCNN, given 3 classes"
     )
-    assert "4 real numbers; prior GaussianMixture, as assumed in training" in demo.description(PIPELINES["gaussian"]())
-    assert demo.description(PIPELINES["boltzmann"]()).endswith("codes 6 of 2; prior RBM, learned with the tokenizer")
-    assert demo.description(PIPELINES["captions"]()).endswith("prior GPT, given captions")
+    assert "4 real numbers; prior GaussianMixture, as assumed in training" in actions.description(
+        PIPELINES["gaussian"]()
+    )
+    assert actions.description(PIPELINES["boltzmann"]()).endswith("codes 6 of 2; prior RBM, learned with the tokenizer")
+    assert actions.description(PIPELINES["captions"]()).endswith("prior GPT, given captions")
 
 
 def test_classes_are_named_where_they_have_names():
     pipeline = make("vqvae", "gpt", 3)
-    assert demo.classes(pipeline) == [ANY_CLASS, NO_CLASS, *NAMES]
+    assert actions.classes(pipeline) == [ANY_CLASS, NO_CLASS, *NAMES]
     pipeline.class_names = []
-    assert demo.classes(pipeline) == [ANY_CLASS, NO_CLASS, "0", "1", "2"]
-    assert demo.classes(PIPELINES["gaussian-classes"]())[:2] == [ANY_CLASS, "0"]  # there is no doing without one
-    assert demo.classes(make("vqvae", "gpt")) == []
+    assert actions.classes(pipeline) == [ANY_CLASS, NO_CLASS, "0", "1", "2"]
+    assert actions.classes(PIPELINES["gaussian-classes"]())[:2] == [ANY_CLASS, "0"]  # there is no doing without one
+    assert actions.classes(make("vqvae", "gpt")) == []
 
 
 # Drawing
@@ -479,7 +481,7 @@ def test_a_limit_below_one_is_refused(name):
 
 def test_a_reconstruction_is_the_pipelines_with_its_psnr():
     pipeline, image = make("vqvae", None), of_bytes(3, 8, 8)
-    result = demo.reconstruct(pipeline, image)
+    result = actions.reconstruct(pipeline, image)
     expected = pipeline.reconstruct(image[None], output_type="pt")[0]
     assert result.reconstruction.equal(expected)
     error = np.mean((expected.double().numpy() - image.double().numpy()) ** 2)
@@ -488,7 +490,7 @@ def test_a_reconstruction_is_the_pipelines_with_its_psnr():
 
 def test_a_decoder_that_draws_gives_the_same_reconstruction_each_time():
     pipeline, image = PIPELINES["boltzmann-local"](), of_bytes(3, 8, 8)
-    assert demo.reconstruct(pipeline, image, 3).psnr == demo.reconstruct(pipeline, image, 3).psnr
+    assert actions.reconstruct(pipeline, image, 3).psnr == actions.reconstruct(pipeline, image, 3).psnr
 
 
 def test_completion_is_the_pipelines():
@@ -496,13 +498,13 @@ def test_completion_is_the_pipelines():
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[4:] = True
     choices, options = Choices("dog", top_k=3, seed=5), {"ranking": "importance", "keep_known_pixels": True}
-    result = demo.complete(pipeline, image, mask, 3, choices, limits=LIMITS, **options)
+    result = actions.complete(pipeline, image, mask, 3, choices, limits=LIMITS, **options)
     expected = pipeline.complete(image[None], mask, class_labels="dog", top_k=3, num_candidates=3, generator=seed(5),
                                  output_type="pt", **options)  # fmt: skip
     assert result.images.equal(expected.images)
     assert result.images[:, :, :4].equal(image[:, :4].expand(3, -1, -1, -1))
     with pytest.raises(ValueError, match="the number of candidates must be an integer from 1 to 3, got 4"):
-        demo.complete(pipeline, image, mask, 4, choices, limits=LIMITS)
+        actions.complete(pipeline, image, mask, 4, choices, limits=LIMITS)
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -510,7 +512,7 @@ def test_all_codes_of_the_other_image_make_the_other_image(kind):
     pipeline = PIPELINES[kind]()
     one, two = (pipeline.encode(of_bytes(2, 3, 8, 8)[i : i + 1]) for i in range(2))
     levels = range(pipeline.tokenizer.spec.num_levels)
-    everything = demo.exchange(one, two, demo.taken_codes(pipeline, levels, "all"))
+    everything = actions.exchange(one, two, actions.taken_codes(pipeline, levels, "all"))
     assert all(a.equal(b) for a, b in zip(everything, two))
 
 
@@ -518,10 +520,10 @@ def test_all_codes_of_the_other_image_make_the_other_image(kind):
 def test_halves_are_disjoint_and_make_up_the_whole(kind):
     pipeline = PIPELINES[kind]()
     levels = range(pipeline.tokenizer.spec.num_levels)
-    halves = [name for name in demo.regions(pipeline) if name.endswith("half")]
+    halves = [name for name in actions.regions(pipeline) if name.endswith("half")]
     assert len(halves) in (2, 4)
     for first, second in zip(halves[::2], halves[1::2]):
-        pairs = zip(*(demo.taken_codes(pipeline, levels, name) for name in (first, second)))
+        pairs = zip(*(actions.taken_codes(pipeline, levels, name) for name in (first, second)))
         for (a, b), length in zip(pairs, pipeline.tokenizer.spec.lengths):
             assert (a ^ b).all()
             assert a.sum() >= b.sum() > 0 or length == 1
@@ -532,13 +534,13 @@ def test_a_half_is_where_its_name_says():
     expected = {"top half": [[1, 1], [0, 0]], "bottom half": [[0, 0], [1, 1]], "left half": [[1, 0], [1, 0]],
                 "right half": [[0, 1], [0, 1]]}  # fmt: skip
     for name, codes in expected.items():
-        assert demo.taken_codes(pipeline, [0], name)[0][0].int().tolist() == codes
+        assert actions.taken_codes(pipeline, [0], name)[0][0].int().tolist() == codes
 
 
 def test_only_codes_of_the_levels_chosen_are_taken():
     pipeline = make("vqvae2", None)
     one, two = (pipeline.encode(of_bytes(2, 3, 8, 8)[i : i + 1]) for i in range(2))
-    mixed = demo.exchange(one, two, demo.taken_codes(pipeline, [1], "all"))
+    mixed = actions.exchange(one, two, actions.taken_codes(pipeline, [1], "all"))
     assert mixed[0].equal(one[0])
     assert mixed[1].equal(two[1])
 
@@ -546,7 +548,7 @@ def test_only_codes_of_the_levels_chosen_are_taken():
 def test_a_painted_region_is_rounded_outwards_as_for_completion():
     pipeline, painted = make("vqvae2", None), torch.zeros(8, 8, dtype=torch.bool)
     painted[5, 1] = True
-    taken = demo.taken_codes(pipeline, [0, 1], PAINTED, painted)
+    taken = actions.taken_codes(pipeline, [0, 1], PAINTED, painted)
     expected = code_masks(painted[None, None], pipeline.tokenizer)[0]
     assert all(a.equal(b) for a, b in zip(taken, expected))
     assert taken[0].int().tolist() == [[[0, 0], [1, 0]]]
@@ -554,11 +556,11 @@ def test_a_painted_region_is_rounded_outwards_as_for_completion():
 
 def test_levels_and_regions_that_there_are_not_are_refused():
     with pytest.raises(ValueError, match=r"choose at least one of the levels 0 to 1, got \[\]"):
-        demo.taken_codes(make("vqvae2", None), [], "all")
+        actions.taken_codes(make("vqvae2", None), [], "all")
     with pytest.raises(ValueError, match=r"choose at least one of the levels 0 to 0, got \[1\]"):
-        demo.taken_codes(make("vqvae", None), [1], "all")
+        actions.taken_codes(make("vqvae", None), [1], "all")
     with pytest.raises(ValueError, match="unknown region 'left half'; choose from all, first half, second half"):
-        demo.taken_codes(PIPELINES["boltzmann"](), [0], "left half")
+        actions.taken_codes(PIPELINES["boltzmann"](), [0], "left half")
 
 
 # The server, as far as it goes without Gradio
@@ -579,7 +581,7 @@ def python(*arguments, **environment):
 def test_connections_to_other_machines_are_refused_and_local_ones_are_not():
     done = python("-c", """
 import socket
-from pipelines.demo_server import refuse_outgoing_connections
+from pipelines.demo.server import refuse_outgoing_connections
 server = socket.create_server(("127.0.0.1", 0))
 refuse_outgoing_connections()
 socket.create_connection(server.getsockname()).close()

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from pipelines import Pipeline, comparable, evaluate
 from pipelines.card import model_card
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint
-from pipelines.classifier import Classifier, at_most, classifier_features
-from pipelines.codebook_pictures import code_vectors, position_entropy
 from pipelines.config import plain
-from pipelines.evaluation_cache import cached
-from pipelines.features import (
+from pipelines.evaluation.cache import cached
+from pipelines.evaluation.classifier import Classifier, at_most, classifier_features
+from pipelines.evaluation.codebook_pictures import code_vectors, position_entropy
+from pipelines.evaluation.features import (
     FeatureNetwork,
     class_score,
     feature_statistics,
@@ -32,15 +32,15 @@ from pipelines.features import (
     precision_recall,
     reference_of,
 )
+from pipelines.evaluation.image_quality import class_agreement, copying, nearest_images, sample_metrics
+from pipelines.evaluation.ood import NoiseImages, auroc, load_other
+from pipelines.evaluation.pretrained import inception_features, lpips_network, read_weights
+from pipelines.evaluation.protocol import pixels_of
+from pipelines.evaluation.reconstruction import count_positions, lpips, reconstruct, ssim
+from pipelines.evaluation.report import dropped, earlier_result, format_summary, record, with_earlier
 from pipelines.files import write_json_atomic
-from pipelines.image_quality import class_agreement, copying, nearest_images, sample_metrics
 from pipelines.images import DataConfig, Split, load_images
 from pipelines.metrics import NotMeasurableError
-from pipelines.ood import NoiseImages, auroc, load_other
-from pipelines.pretrained import inception_features, lpips_network, read_weights
-from pipelines.protocol import pixels_of
-from pipelines.reconstruction import count_positions, lpips, reconstruct, ssim
-from pipelines.report import dropped, earlier_result, format_summary, record, with_earlier
 from pipelines.runs import load_images_for, save_config
 from prior.annealed_importance import LogPartition
 from tests import tiny
@@ -359,7 +359,9 @@ def test_other_data_are_prepared_alike_and_have_no_labels(tmp_path):
 
 def test_another_data_set_is_not_looked_for_in_a_folder_of_images(monkeypatch):
     asked = []
-    monkeypatch.setattr("pipelines.ood.load_images", lambda config, split: asked.append(config) or digits("validation"))
+    monkeypatch.setattr(
+        "pipelines.evaluation.ood.load_images", lambda config, split: asked.append(config) or digits("validation")
+    )
     images = digits("test")
     for name, root in (("folder", DataConfig.root), ("MNIST", "elsewhere")):
         monkeypatch.setattr(images, "config", replace(images.config, name=name, root="elsewhere"))
@@ -674,9 +676,9 @@ def test_class_agreement_is_that_of_images_with_the_same_codes(faithful, folder)
 def test_class_agreement_by_chance_is_that_of_all_pairs_of_different_codes(monkeypatch):
     classes = iter([[0, 2, 2, 1, 0], [0, 2, 1, 1, 2]])
     drawn = [torch.nn.functional.one_hot(torch.tensor(next(classes)), 4) for _ in range(2)]
-    monkeypatch.setattr("pipelines.image_quality.extract", lambda *_: (None, drawn.pop(0)))
-    monkeypatch.setattr("pipelines.image_quality.decode_codes", lambda *_, **__: torch.zeros(5, 1))
-    monkeypatch.setattr("pipelines.image_quality.draw_samples", lambda *_, **__: None)
+    monkeypatch.setattr("pipelines.evaluation.image_quality.extract", lambda *_: (None, drawn.pop(0)))
+    monkeypatch.setattr("pipelines.evaluation.image_quality.decode_codes", lambda *_, **__: torch.zeros(5, 1))
+    monkeypatch.setattr("pipelines.evaluation.image_quality.draw_samples", lambda *_, **__: None)
     found = class_agreement(SimpleNamespace(tokenizer=None), None, 5, batch_size=5, seed=0)
     same = np.equal.outer([0, 2, 2, 1, 0], [0, 2, 1, 1, 2])
     assert found["class_agreement"] == same.diagonal().mean()

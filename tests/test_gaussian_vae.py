@@ -12,7 +12,7 @@ from torch import Tensor, distributions
 
 from pipelines import Pipeline
 from pipelines.checkpoint import build_tokenizer, load_tokenizer, save_model
-from pipelines.likelihood import evaluate_likelihood
+from pipelines.evaluation.likelihood import evaluate_likelihood
 from pipelines.objectives import TokenizerLoss
 from pipelines.runs import find_codes
 from tests import tiny

@@ -8,7 +8,7 @@ import torch
 
 from pipelines import Pipeline
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint
-from pipelines.likelihood import (
+from pipelines.evaluation.likelihood import (
     evaluate_likelihood,
     log_likelihoods,
     log_partition_metrics,

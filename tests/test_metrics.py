@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.checkpoint import build_tokenizer
-from pipelines.evaluation import evaluate
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.report import format_table
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics import CodeCounts, bits_per_dim, codebook_usage, has_collapsed, perplexity, psnr
 from pipelines.objectives import unigram_nats_per_code
-from pipelines.report import format_table
 from pipelines.two_stage import Pipeline
 from prior.base import CodeSpec
 from tests import tiny

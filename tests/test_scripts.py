@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines import Pipeline, evaluation
+from pipelines import Pipeline, evaluate
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, load_tokenizer, save_model
 from pipelines.config import Polymorphic, parse, plain
 from pipelines.drawing import one_generator_each
@@ -390,7 +390,7 @@ def test_an_evaluation_of_models_that_were_trained_anew_meanwhile_is_not_recorde
     index = (folder / "model_index.json").read_text()
 
     def measured_while_another_trains(pipeline, *arguments, **options):
-        result = evaluation.evaluate(pipeline, *arguments, **options)
+        result = evaluate(pipeline, *arguments, **options)
         prior = pipeline.prior
         next(prior.parameters()).data.add_(1)
         save_model(prior, folder / "prior")

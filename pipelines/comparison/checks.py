@@ -8,11 +8,11 @@ from pipelines.comparison.entries import check_models
 from pipelines.comparison.findings import check_same_data
 from pipelines.comparison.running import RESULT, Member, Runner
 from pipelines.config import read_yaml
-from pipelines.evaluation import GROUPS, check_numbers
+from pipelines.evaluation.evaluate import GROUPS, check_numbers
+from pipelines.evaluation.pretrained import inception_features, lpips_network
+from pipelines.evaluation.protocol import comparable, pixels_of, protocol_differences
 from pipelines.files import read_json
 from pipelines.images import DataConfig, load_images
-from pipelines.pretrained import inception_features, lpips_network
-from pipelines.protocol import comparable, pixels_of, protocol_differences
 from pipelines.runs import check_seed
 
 # Groups that are measured in the features of a classifier, where there are no weights of Inception

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pipelines.comparison.running import IN_WORDS, RESULT, Failure, Member
 from pipelines.config import differences, read_yaml
+from pipelines.evaluation.protocol import comparable
 from pipelines.files import read_json
-from pipelines.protocol import comparable
 
 
 @dataclass(frozen=True)

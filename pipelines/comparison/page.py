@@ -17,8 +17,8 @@ from pipelines.comparison.plots import Chart, charts_of
 from pipelines.comparison.running import IN_WORDS, Member
 from pipelines.comparison.templates import CSS, HTML, MARKDOWN, SCRIPT
 from pipelines.config import read_yaml
+from pipelines.evaluation.protocol import is_any
 from pipelines.files import atomic_file
-from pipelines.protocol import is_any
 
 MISSING = "–"
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.canvas import canvas_size
-from pipelines.demo import Limits
-from pipelines.demo_page import CSS, build_page
+from pipelines.demo.actions import Limits
+from pipelines.demo.canvas import canvas_size
+from pipelines.demo.page import CSS, build_page
 from pipelines.two_stage import Pipeline
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pipelines.batches import derived_seed, read_batch
-from pipelines.classifier import at_most
 from pipelines.drawing import decode_codes, one_generator_each
-from pipelines.features import (
+from pipelines.evaluation.classifier import at_most
+from pipelines.evaluation.features import (
     FeatureNetwork,
     Reference,
     batches,

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipelines.batches import read_batch
-from pipelines.evaluation_cache import cached
+from pipelines.evaluation.cache import cached
 from pipelines.metrics import NotMeasurableError
 
 # Features of a reference set that are kept for precision and recall, besides mean and covariance of all

@@ -1,4 +1,4 @@
-"""The demo page: controls, pictures and how they hang together. What they do is in `demo`.
+"""The demo page: controls, pictures and how they hang together. What they do is in `actions`.
 
 What this pipeline cannot honour is disabled and says why. Whatever goes wrong by a person's choice is told in the page.
 """
@@ -10,9 +10,9 @@ from threading import Event
 
 import torch
 
-from pipelines import canvas, demo
-from pipelines.demo import Choices, Limits
-from pipelines.demo_parts import AT_ONCE, MODEL, Parts
+from pipelines.demo import actions, canvas
+from pipelines.demo.actions import Choices, Limits
+from pipelines.demo.parts import AT_ONCE, MODEL, Parts
 from pipelines.two_stage import Pipeline
 
 CSS = """
@@ -32,7 +32,7 @@ CSS = """
 def build_page(gradio, pipeline: Pipeline, limits: Limits, name: str, folder: Path):
     """The page as `gradio.Blocks`, not launched yet; `name` is the pipeline's, for people. `folder`: see `Parts`."""
     with gradio.Blocks(title=f"Tessera: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        gradio.Markdown(f"## Tessera: {name}\n{demo.description(pipeline)}")
+        gradio.Markdown(f"## Tessera: {name}\n{actions.description(pipeline)}")
         page = _Page(gradio, pipeline, limits, folder)
         with page.tabs:
             page.reconstruct_tab()
@@ -59,7 +59,7 @@ class _Page(Parts):
 
         def reconstruct(value):
             with self.errors_in_page():
-                result = demo.reconstruct(self.pipeline, self.drawn(value))
+                result = actions.reconstruct(self.pipeline, self.drawn(value))
                 both = self.sheet_file([result.image.cpu(), result.reconstruction], columns=2)
                 return [both, f"PSNR **{result.psnr:.1f} dB**", *self.draw_codes(result.codes)]
 
@@ -114,7 +114,7 @@ class _Page(Parts):
             started, now = time.monotonic(), "0 codes"
             try:
                 with self.errors_in_page():
-                    frames = demo.sample(self.pipeline, count, choices, limits=self.limits, stop=stop_event,
+                    frames = actions.sample(self.pipeline, count, choices, limits=self.limits, stop=stop_event,
                                          watch=watching, local=only_local)  # fmt: skip
                     for frame in frames:
                         now = f"{frame.arrived} of {frame.length} codes, {time.monotonic() - started:.1f} s"
@@ -196,7 +196,7 @@ class _Page(Parts):
         def complete(value, count, by, keeping, *choices):
             with self.errors_in_page():
                 image, mask = self.background(value), self.mask(value)
-                result = demo.complete(
+                result = actions.complete(
                     self.pipeline, image, mask, count, Choices(*choices), limits=self.limits, ranking=by,
                     keep_known_pixels=keeping,
                 )  # fmt: skip
@@ -213,12 +213,12 @@ class _Page(Parts):
     def swap_tab(self) -> None:
         gr, spec = self.gr, self.tokenizer.spec
         names = [f"level {i}: {' x '.join(map(str, shape))}" for i, shape in enumerate(spec.shapes)]
-        regions = demo.regions(self.pipeline)
+        regions = actions.regions(self.pipeline)
         with gr.Tab("Swap", id="swap"):
             gr.Markdown("Take some of the codes of image B into image A.")
             with gr.Row():
                 with self.editor_column():
-                    if demo.PAINTED in regions:
+                    if actions.PAINTED in regions:
                         first = self.editor("Image A: may be painted over", "first", painting_mask=True)
                     else:
                         first = self.fillable_picture("Image A", "first")
@@ -242,11 +242,11 @@ class _Page(Parts):
 
         def swap(value, other, chosen_levels, name):
             with self.errors_in_page():
-                painted = self.mask(value) if name == demo.PAINTED else None
-                taken = demo.taken_codes(self.pipeline, chosen_levels, name, painted)
+                painted = self.mask(value) if name == actions.PAINTED else None
+                taken = actions.taken_codes(self.pipeline, chosen_levels, name, painted)
                 one, two = (self.pipeline.encode(self.background(image)[None]) for image in (value, other))
-                mixed = demo.exchange(one, two, taken)
-                images = [demo.decode(self.pipeline, codes) for codes in (one, mixed, two)]
+                mixed = actions.exchange(one, two, taken)
+                images = [actions.decode(self.pipeline, codes) for codes in (one, mixed, two)]
                 return [self.sheet_file(images, columns=3), *self.draw_codes(mixed, taken)]
 
         start.click(swap, [first, second, levels, region], [result, *codes], **MODEL)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from pipelines.batches import read_batch
 from pipelines.checkpoint import weights_of
-from pipelines.classifier import classifier_features
-from pipelines.codebook_pictures import position_entropy, save_codebook_pictures
-from pipelines.features import MOST_KEPT, FeatureNetwork, feature_statistics, frechet_distance, reference_of
-from pipelines.image_quality import (
+from pipelines.evaluation.classifier import classifier_features
+from pipelines.evaluation.codebook_pictures import position_entropy, save_codebook_pictures
+from pipelines.evaluation.features import MOST_KEPT, FeatureNetwork, feature_statistics, frechet_distance, reference_of
+from pipelines.evaluation.image_quality import (
     class_agreement,
     copying,
     draw_samples,
@@ -25,7 +25,7 @@ from pipelines.image_quality import (
     sample_metrics,
     save_neighbours,
 )
-from pipelines.likelihood import (
+from pipelines.evaluation.likelihood import (
     LogLikelihoods,
     likelihood_metrics,
     log_likelihoods,
@@ -33,11 +33,11 @@ from pipelines.likelihood import (
     prior_labels,
     standard_error,
 )
+from pipelines.evaluation.ood import auroc, load_other
+from pipelines.evaluation.pretrained import inception_features, lpips_network
+from pipelines.evaluation.protocol import ANY, pixels_of, versions
+from pipelines.evaluation.reconstruction import SSIM_WINDOW, Reconstructions, reconstruct
 from pipelines.metrics import MOST_COUNTED, NotMeasurableError
-from pipelines.ood import auroc, load_other
-from pipelines.pretrained import inception_features, lpips_network
-from pipelines.protocol import ANY, pixels_of, versions
-from pipelines.reconstruction import SSIM_WINDOW, Reconstructions, reconstruct
 from tokenizer.registry import nearest_known
 
 Group = Literal["likelihood", "reconstruction", "codebook", "samples", "memorisation", "local"]
@@ -77,7 +77,7 @@ def evaluate(
       and of reconstructions of held-out images to the nearest training image, and `copying`; a picture of samples,
       each above its nearest training images.
     - local: of a decoder that draws latents of its own, see `class_agreement`.
-    - ood_auroc_NAME for each other data set: see `pipelines.ood.auroc`.
+    - ood_auroc_NAME for each other data set: see `ood.auroc`.
 
     The features are Inception's where its weights are given. Else they are those of a small classifier that is trained
     here on the data set itself, and the names end in _classifier: such numbers do not compare with any FID. What is
@@ -93,9 +93,9 @@ def evaluate(
         num_samples: samples drawn for the last three groups.
         batch_size: images computed at a time.
         seed: of draws, samples and the classifier. Torch's own generators are left as they were.
-        inception_weights, lpips_weights: a safetensors file or "download"; see `pipelines.pretrained`. What a download
+        inception_weights, lpips_weights: a safetensors file or "download"; see `pretrained`. What a download
             that fails would have measured is missing, with its reason.
-        ood: other data sets, see `pipelines.ood.load_other`.
+        ood: other data sets, see `ood.load_other`.
         folder: where pictures go; None makes none.
         cache: where reference statistics and classifiers are kept, with their protocols; None keeps none.
     Returns:

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipelines.classifier import weights_digest
-from pipelines.features import FeatureNetwork, fidelity
+from pipelines.evaluation.classifier import weights_digest
+from pipelines.evaluation.features import FeatureNetwork, fidelity
 from pipelines.metrics import NotMeasurableError
 from pipelines.seeding import own_randomness
 

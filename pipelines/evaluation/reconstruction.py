@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.batches import derived_seed
-from pipelines.features import FeatureNetwork, batches
+from pipelines.evaluation.features import FeatureNetwork, batches
+from pipelines.evaluation.pretrained import SMALLEST_LPIPS_SIDE
 from pipelines.metrics import CodeCounts, NotMeasurableError, psnr
-from pipelines.pretrained import SMALLEST_LPIPS_SIDE
 from prior.base import Codes
 
 SSIM_WINDOW = 11

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipelines.batches import read_batch
-from pipelines.evaluation_cache import cached
-from pipelines.features import FeatureNetwork
+from pipelines.evaluation.cache import cached
+from pipelines.evaluation.features import FeatureNetwork
 from pipelines.metrics import NotMeasurableError
 from pipelines.seeding import own_randomness
 

@@ -12,9 +12,9 @@ from threading import Event
 import torch
 from PIL import Image
 
-from pipelines import canvas, demo
 from pipelines.code_pictures import code_picture
-from pipelines.demo import Choices, Limits
+from pipelines.demo import actions, canvas
+from pipelines.demo.actions import Choices, Limits
 from pipelines.files import atomic_file
 from pipelines.two_stage import Pipeline
 
@@ -38,7 +38,7 @@ class Parts:
 
     def __init__(self, gradio, pipeline: Pipeline, limits: Limits, folder: Path):
         self.gr, self.pipeline, self.limits, self.folder = gradio, pipeline, limits, folder
-        self.tokenizer, self.why = pipeline.tokenizer, demo.refusals(pipeline)
+        self.tokenizer, self.why = pipeline.tokenizer, actions.refusals(pipeline)
         self.blank = self.canvas_file(torch.zeros(self.tokenizer.config.image_shape))
 
     @contextmanager
@@ -128,7 +128,7 @@ class Parts:
     def one_sample(self) -> str:
         with self.errors_in_page():
             choices = Choices(seed=random.SystemRandom().randrange(2**31))
-            frames = demo.sample(self.pipeline, 1, choices, limits=self.limits, stop=Event(), watch=False)
+            frames = actions.sample(self.pipeline, 1, choices, limits=self.limits, stop=Event(), watch=False)
             return self.canvas_file(next(frames).images[0])
 
     def drawn(self, value: dict | None) -> torch.Tensor:
@@ -174,14 +174,14 @@ class Parts:
         ]  # fmt: skip
 
     def condition_control(self):
-        gr, names = self.gr, demo.classes(self.pipeline)
+        gr, names = self.gr, actions.classes(self.pipeline)
         if self.pipeline.prior.conditional_on_text:
             needed = "A caption is needed." if "unconditional" in self.why else "Empty: drawn without a caption."
             return gr.Textbox("", label="Caption", info=needed, lines=1, max_length=500, elem_id="caption")
         if names:
             return gr.Dropdown(names, value=names[0], label="Class", info="What the images are to show.")
         info = "Not here: the prior is unconditional."
-        return gr.Dropdown([demo.ANY_CLASS], value=demo.ANY_CLASS, label="Class", info=info, interactive=False)
+        return gr.Dropdown([actions.ANY_CLASS], value=actions.ANY_CLASS, label="Class", info=info, interactive=False)
 
     def code_pictures(self, elem_id: str, values: Sequence[str] = ()) -> list:
         """One for each level, elem_id-0, elem_id-1, ..."""
