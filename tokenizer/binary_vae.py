@@ -20,7 +20,7 @@ from prior.base import Codes, CodeSpec, Prior
 from prior.bernoulli import Bernoulli
 from prior.rbm import RBM
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import Inferred, LatentVAE, LatentVAEConfig, Trained, check_at_least
+from tokenizer.latent_vae import Inferred, LatentVAE, LatentVAEConfig, Trained, check_at_least, importance_weighted
 
 BINARY_PRIORS: dict[str, type[Prior]] = {"rbm": RBM, "bernoulli": Bernoulli}
 
@@ -138,6 +138,13 @@ class BinaryVAE(LatentVAE):
     def distortion(self, decoded: Decoded, images: Tensor) -> Tensor:
         """-log p(x | z) per row, (B,) nats."""
         return self.likelihood.nll(decoded.params, images)
+
+    def importance_losses(self, log_weights: Tensor, kl_weight: float) -> dict[str, Tensor]:
+        """Losses of log weights without log Z (B k,), nats: its value is left out, its gradient is the second's."""
+        return {
+            "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
+            "log_partition": kl_weight * self.prior.log_partition_loss(),
+        }
 
     def halves(self, units: Tensor) -> tuple[Tensor, Tensor]:
         """(B, n) to the units of the prior's left and right side."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenizer.binary_vae import BinaryVAE, Posterior
 from tokenizer.gumbolt import GumBoltConfig
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import importance_weighted, local_rate
+from tokenizer.latent_vae import importance_weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Concrete(BinaryVAE):
         decoded = self.decode_latents(latents, features)
         prior_logits = torch.cat([self.prior.left_bias, self.prior.right_bias])
         log_ratio = _log_logistic(scaled - prior_logits) - _log_logistic(scaled - logits)
-        local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, self.config.num_draws)
+        local = self.local_cost(decoded, kl_weight, self.config.num_draws)
         log_weights = kl_weight * log_ratio.sum(dim=1) - self.distortion(decoded, images) - local
         losses = {"bound": importance_weighted(log_weights, self.config.num_draws).mean()}
         return losses, Posterior(logits, latents, None), decoded

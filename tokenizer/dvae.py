@@ -9,7 +9,6 @@ from torch import Tensor
 from prior.bernoulli import Bernoulli
 from tokenizer.binary_vae import BinaryVAE, BinaryVAEConfig, Posterior, entropy
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import balanced_kl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +51,8 @@ class DVAE(BinaryVAE):
             "reconstruction": self.distortion(decoded, images).mean(),
             "kl_minus_log_partition": kl_weight * kl,
             "log_partition": kl_weight * self.prior.log_partition_loss(),
+            **self.local_losses(decoded, kl_weight),
         }
-        if decoded.local:
-            losses["local_kl"] = balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()
         return losses, posterior, decoded
 
     def relax(self, logits: Tensor) -> Tensor:

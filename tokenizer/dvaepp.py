@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tokenizer.binary_vae import BinaryVAE, BinaryVAEConfig, Posterior, entropy
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import balanced_kl
 from tokenizer.registry import build
 from tokenizer.smoothing import SMOOTHINGS
 
@@ -53,9 +52,8 @@ class DVAEPP(BinaryVAE):
             "reconstruction": self.distortion(decoded, images).mean(),
             "kl_minus_log_partition": kl_weight * kl.mean(),
             "log_partition": kl_weight * self.prior.log_partition_loss(),
+            **self.local_losses(decoded, kl_weight),
         }
-        if decoded.local:
-            losses["local_kl"] = balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()
         return losses, posterior, decoded
 
     def cross_entropy(self, posterior: Posterior) -> Tensor:

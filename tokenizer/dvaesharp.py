@@ -9,7 +9,6 @@ from prior.bits import BitPrior
 from tokenizer.binary_vae import Posterior
 from tokenizer.dvaepp import DVAEPP
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import importance_weighted, local_rate
 
 MEAN_FIELD_SWEEPS = 5
 
@@ -32,13 +31,9 @@ class DVAESharp(DVAEPP):
         # r(zeta | 0) is a factor of both densities
         log_q = torch.logaddexp(F.logsigmoid(posterior.logits) + posterior.log_ratio, F.logsigmoid(-posterior.logits))
         log_p = unnormalized_log_marginal(self.prior, posterior.log_ratio)
-        local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, self.config.num_draws)
+        local = self.local_cost(decoded, kl_weight, self.config.num_draws)
         log_weights = kl_weight * (log_p - log_q.sum(dim=1)) - self.distortion(decoded, images) - local
-        losses = {
-            "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
-            "log_partition": kl_weight * self.prior.log_partition_loss(),
-        }
-        return losses, posterior, decoded
+        return self.importance_losses(log_weights, kl_weight), posterior, decoded
 
 
 def unnormalized_log_marginal(prior: BitPrior, log_ratio: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from prior.rbm import RBM
 from tokenizer.binary_vae import BinaryVAE, BinaryVAEConfig, Posterior
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import importance_weighted, local_rate
 from tokenizer.smoothing import slope_of_mixture
 
 
@@ -59,13 +58,9 @@ class GaussianIntegral(BinaryVAE):
         )
         decoded = self.decode_latents(latents, features)
         log_p = unnormalized_log_density(self.prior, latents, self.config.beta)
-        local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, self.config.num_draws)
+        local = self.local_cost(decoded, kl_weight, self.config.num_draws)
         log_weights = kl_weight * (log_p - log_q.sum(dim=1)) - self.distortion(decoded, images) - local
-        losses = {
-            "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
-            "log_partition": kl_weight * self.prior.log_partition_loss(),
-        }
-        return losses, Posterior(logits, latents, None), decoded
+        return self.importance_losses(log_weights, kl_weight), Posterior(logits, latents, None), decoded
 
     def posterior_logits(self, parameters: Tensor) -> Tensor:
         return parameters.chunk(2, dim=1)[0]

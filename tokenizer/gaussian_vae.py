@@ -15,10 +15,8 @@ from tokenizer.latent_vae import (
     LatentVAE,
     LatentVAEConfig,
     Trained,
-    balanced_kl,
     check_at_least,
     importance_weighted,
-    local_rate,
 )
 
 # Of log standard deviations: exp of what lies beyond would leave float32 after one bad step
@@ -124,13 +122,11 @@ class GaussianVAE(LatentVAE):
             kl = q.log_prob(z) - self.prior.log_density(z)
             nats = charged = kl.mean()
         if config.num_draws > 1:
-            local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, config.num_draws)
+            local = self.local_cost(decoded, kl_weight, config.num_draws)
             log_weights = -distortion - config.beta * (kl_weight * kl + local)
             return {"bound": importance_weighted(log_weights, config.num_draws).mean()}, nats
-        losses = {"reconstruction": distortion.mean(), "kl": config.beta * kl_weight * charged}
-        if decoded.local:
-            losses["local_kl"] = config.beta * balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()
-        return losses, nats
+        local = {name: config.beta * loss for name, loss in self.local_losses(decoded, kl_weight).items()}
+        return {"reconstruction": distortion.mean(), "kl": config.beta * kl_weight * charged, **local}, nats
 
     def infer(self, features: Sequence[Tensor], first: Tensor, sample: bool) -> Inferred:
         q = DiagonalNormal.of(first)

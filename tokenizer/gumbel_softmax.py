@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prior.base import Codes, CodeSpec
 from prior.factorial import Factorial
-from tokenizer.latent_vae import Inferred, LatentVAE, LatentVAEConfig, Trained, balanced_kl, check_at_least
+from tokenizer.latent_vae import Inferred, LatentVAE, LatentVAEConfig, Trained, check_at_least
 from tokenizer.quantizers.base import straight_through
 from tokenizer.quantizers.gumbel import gumbel_noise
 
@@ -92,9 +92,8 @@ class GumbelSoftmax(LatentVAE):
         losses = {
             "reconstruction": self.likelihood.nll(decoded.params, images).mean(),
             "kl": kl_weight * torch.stack(kls).sum(),
+            **self.local_losses(decoded, kl_weight),
         }
-        if decoded.local:
-            losses["local_kl"] = balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()
         nats = {f"categoricals of group {group}": (kl, size) for group, kl in enumerate(kls)}
         return Trained(losses, (torch.cat(codes, dim=1),), decoded, nats)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tokenizer.binary_vae import BinaryVAE, BinaryVAEConfig, Posterior
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import importance_weighted, local_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +43,9 @@ class GumBolt(BinaryVAE):
         decoded = self.decode_latents(posterior.latents, features)
         log_q = (posterior.latents * posterior.logits - F.softplus(posterior.logits)).sum(dim=1)
         log_p = -self.prior.energy(*self.halves(posterior.latents))
-        local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, self.config.num_draws)
+        local = self.local_cost(decoded, kl_weight, self.config.num_draws)
         log_weights = kl_weight * (log_p - log_q) - self.distortion(decoded, images) - local
-        losses = {
-            "bound_minus_log_partition": importance_weighted(log_weights, self.config.num_draws).mean(),
-            "log_partition": kl_weight * self.prior.log_partition_loss(),
-        }
-        return losses, posterior, decoded
+        return self.importance_losses(log_weights, kl_weight), posterior, decoded
 
 
 def relax_concrete(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, None]:

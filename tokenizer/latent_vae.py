@@ -234,6 +234,16 @@ class LatentVAE(Tokenizer):
         """The weight of the local latents' KL where that of the others is `kl_weight`."""
         return self.config.local_kl_start + (1 - self.config.local_kl_start) * kl_weight
 
+    def local_cost(self, decoded: Decoded, kl_weight: float, num_draws: int) -> Tensor | float:
+        """What the local latents cost in a log weight of the `num_draws`-draw bound, (B,) weighted nats."""
+        return self.local_kl_weight(kl_weight) * local_rate(decoded.local, num_draws)
+
+    def local_losses(self, decoded: Decoded, kl_weight: float) -> dict[str, Tensor]:
+        """The loss "local_kl" of a bound whose KL terms are analytic; none without local latents."""
+        if not decoded.local:
+            return {}
+        return {"local_kl": balanced_kl(decoded.local, self.local_kl_weight(kl_weight)).mean()}
+
     def complaints(self) -> dict[str, str]:
         """Groups of latents that carry nothing; local ones need not while they cost more than the others.
 

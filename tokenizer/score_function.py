@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tokenizer.binary_vae import BinaryVAE, BinaryVAEConfig, Posterior, log_bernoulli
 from tokenizer.distributed import is_distributed
 from tokenizer.latent_networks import Decoded
-from tokenizer.latent_vae import importance_weighted, local_rate
+from tokenizer.latent_vae import importance_weighted
 
 
 class ScoreFunctionVAE(BinaryVAE):
@@ -24,7 +24,7 @@ class ScoreFunctionVAE(BinaryVAE):
         decoded = self.decode_latents(posterior.latents, features)
         log_q = log_bernoulli(posterior.logits, posterior.latents)
         log_p = -self.prior.energy(*self.halves(posterior.latents))
-        local = self.local_kl_weight(kl_weight) * local_rate(decoded.local, num_draws)
+        local = self.local_cost(decoded, kl_weight, num_draws)
         log_weights = kl_weight * (log_p - log_q) - self.distortion(decoded, images) - local
         return log_weights, posterior, decoded
 
