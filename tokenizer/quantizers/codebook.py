@@ -82,8 +82,9 @@ class CodebookQuantizer(Quantizer):
                     statistics.add(vectors, found)
         z, distance = entries.movedim(-1, 1), squares / h.numel()
         if needs_gradient:
-            z, commitment, movement = _Assign.apply(h, self.codebook, z, differences.movedim(-1, 1), codes, distance)
-            return Assignment(z, (codes,), commitment, movement)
+            differences = differences.movedim(-1, 1)
+            z, *losses = _Assign.apply(h, self.codebook, z, differences, codes, distance)
+            return Assignment(z, (codes,), *losses)
         return Assignment(z, (codes,), distance, distance)
 
     def _prepare(self, h: Tensor) -> None:
@@ -106,15 +107,15 @@ class CodebookQuantizer(Quantizer):
 class Assignment(NamedTuple):
     """Which entries were nearest.
 
-    z: (B, D, h, w) entries, whose gradient goes to the features; codes: one (B, h, w); commitment and movement: both
-    the mean of |z_e - e|^2 over positions and channels, the first with a gradient for the features z_e alone, the
-    second for the entries e alone.
+    z: (B, D, h, w) entries, whose gradient goes to the features; codes: one (B, h, w); commitment_loss and
+    codebook_loss: both the mean of |z_e - e|^2 over positions and channels, the first with a gradient for the features
+    z_e alone, the second for the entries e alone.
     """
 
     z: Tensor
     codes: Codes
-    commitment: Tensor
-    movement: Tensor
+    commitment_loss: Tensor
+    codebook_loss: Tensor
 
 
 class _Assign(torch.autograd.Function):
@@ -132,17 +133,17 @@ class _Assign(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_z, grad_commitment, grad_movement):
+    def backward(ctx, grad_z, grad_commitment_loss, grad_codebook_loss):
         differences, codes = ctx.saved_tensors
         scale, grad_h, grad_codebook = 2 / differences.numel(), grad_z, None
-        if grad_commitment is not None and grad_z is not None:
-            grad_h = torch.addcmul(grad_z, differences, scale * grad_commitment)
-        elif grad_commitment is not None:
-            grad_h = differences * (scale * grad_commitment)
-        if grad_movement is not None and ctx.needs_input_grad[1]:
+        if grad_commitment_loss is not None and grad_z is not None:
+            grad_h = torch.addcmul(grad_z, differences, scale * grad_commitment_loss)
+        elif grad_commitment_loss is not None:
+            grad_h = differences * (scale * grad_commitment_loss)
+        if grad_codebook_loss is not None and ctx.needs_input_grad[1]:
             rows = differences.movedim(1, -1).flatten(0, 2)
             sums = rows.new_zeros(ctx.codebook_size, rows.shape[1]).index_add_(0, codes.flatten(), rows)
-            grad_codebook = sums.mul_(-scale * grad_movement)
+            grad_codebook = sums.mul_(-scale * grad_codebook_loss)
         return grad_h, grad_codebook, None, None, None, None
 
 

@@ -69,8 +69,8 @@ class EMAVQ(CodebookQuantizer):
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # distances, averages and losses in float32
             gathers = self.training and torch.is_grad_enabled()
-            z, codes, commitment, _ = self._assign(h.float(), self._gather(h) if gathers else None)
-            return Quantized(z.to(h.dtype), codes, {"commitment": self.commitment_weight * commitment})
+            z, codes, commitment_loss, _ = self._assign(h.float(), self._gather(h) if gathers else None)
+            return Quantized(z.to(h.dtype), codes, {"commitment": self.commitment_weight * commitment_loss})
 
     def _initialize(self, codebook: Tensor) -> None:
         super()._initialize(codebook)

@@ -35,6 +35,6 @@ class VQ(CodebookQuantizer):
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # distances and losses in float32
-            z, codes, commitment, movement = self._assign(h.float())
-            losses = {"codebook": movement, "commitment": self.commitment_weight * commitment}
+            z, codes, commitment_loss, codebook_loss = self._assign(h.float())
+            losses = {"codebook": codebook_loss, "commitment": self.commitment_weight * commitment_loss}
             return Quantized(z.to(h.dtype), codes, losses)
