@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from pipelines.batches import read_batch
 from pipelines.files import atomic_file
-from pipelines.runs import check_writable
+from pipelines.scripting import check_writable
 from prior.base import Prior, evaluating
 from tokenizer.base import Tokenizer
 

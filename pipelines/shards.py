@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipelines.drawing import one_generator_each
 from pipelines.launch import end_with_the_launcher
-from pipelines.runs import choose_device
+from pipelines.scripting import choose_device
 
 
 class Shards:

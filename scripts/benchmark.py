@@ -47,7 +47,7 @@ def main() -> None:
     # Before torch is imported: libraries size their pools then
     os.environ["OMP_NUM_THREADS"] = str(max(1, arguments.threads))
 
-    from pipelines.runs import run_script
+    from pipelines.scripting import run_script
 
     run_script(lambda: print_summary(arguments.output) if arguments.benchmark == "summary" else run(arguments))
 

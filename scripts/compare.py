@@ -29,7 +29,8 @@ from pipelines.evaluation.evaluate import Group
 from pipelines.files import folder_lock, write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
-from pipelines.runs import RUNS, Outcome, choose_device, refuse_several_processes, run_script
+from pipelines.runs import RUNS
+from pipelines.scripting import Outcome, choose_device, refuse_several_processes, run_script
 from pipelines.training_config import TrainingConfig
 
 EVALUATION = ("split", "metrics", "num_draws", "num_samples", "inception_weights", "lpips_weights", "cache", "seed",

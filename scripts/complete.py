@@ -22,7 +22,8 @@ from pipelines.config import parse, peek, plain
 from pipelines.masks import as_mask, named_mask, open_image
 from pipelines.pictures import check_picture, save_grid
 from pipelines.pipeline_index import INDEX_NAME
-from pipelines.runs import Outcome, check_seed, choose_device, find_run, refuse_several_processes, run_script
+from pipelines.runs import find_run
+from pipelines.scripting import Outcome, check_seed, choose_device, refuse_several_processes, run_script
 from pipelines.two_stage import Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")

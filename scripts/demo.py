@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import parse
-from pipelines.runs import choose_device, find_run, refuse_several_processes, run_script
+from pipelines.runs import find_run
+from pipelines.scripting import choose_device, refuse_several_processes, run_script
 
 
 @dataclass

@@ -27,16 +27,8 @@ from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
 from pipelines.pipeline_index import INDEX_NAME
-from pipelines.runs import (
-    Outcome,
-    check_writable,
-    choose_device,
-    find_run,
-    load_images_for,
-    refuse_several_processes,
-    run_script,
-    saved_data_section,
-)
+from pipelines.runs import find_run, load_images_for, saved_data_section
+from pipelines.scripting import Outcome, check_writable, choose_device, refuse_several_processes, run_script
 from pipelines.two_stage import Pipeline
 
 

@@ -16,14 +16,8 @@ from pipelines.code_writing import write_codes
 from pipelines.config import parse, peek
 from pipelines.images import DataConfig
 from pipelines.launch import make_accelerator
-from pipelines.runs import (
-    Outcome,
-    find_run,
-    load_images_for,
-    run_script,
-    saved_data_section,
-    say_unused_captions,
-)
+from pipelines.runs import find_run, load_images_for, saved_data_section
+from pipelines.scripting import Outcome, run_script, say_unused_captions
 from pipelines.training_config import TrainingConfig
 
 TOKENIZER = "tokenizer/config.json"

@@ -23,7 +23,8 @@ from pipelines.animation import CodeRecording, save_animation
 from pipelines.config import parse, peek
 from pipelines.pictures import check_picture, class_columns, save_grid
 from pipelines.pipeline_index import INDEX_NAME
-from pipelines.runs import Outcome, check_seed, find_run, run_script
+from pipelines.runs import find_run
+from pipelines.scripting import Outcome, check_seed, run_script
 from pipelines.shards import Shards
 from pipelines.two_stage import Pipeline
 

@@ -23,7 +23,8 @@ from pipelines.launch import make_accelerator
 from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples
 from pipelines.pipeline_index import TEXT_TOKENIZER
-from pipelines.runs import CODES, Outcome, adopt_data_section, digits_recipe, find_codes, run_script, save_config
+from pipelines.runs import CODES, adopt_data_section, digits_recipe, find_codes, save_config
+from pipelines.scripting import Outcome, run_script
 from pipelines.stages import save_stage_two
 from pipelines.text import TextConfig
 from pipelines.training import Update, adamw, describe, fit

@@ -22,7 +22,8 @@ from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions, save_samples
-from pipelines.runs import RUNS, Outcome, digits_recipe, run_script, save_config, say_skipped, say_unused_captions
+from pipelines.runs import RUNS, digits_recipe, save_config
+from pipelines.scripting import Outcome, run_script, say_skipped, say_unused_captions
 from pipelines.stages import save_stage_one
 from pipelines.training import Update, adamw, describe, fit
 from pipelines.training_config import TrainingConfig

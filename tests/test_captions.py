@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.captions import read_captions
 from pipelines.images import DataConfig, load_images
-from pipelines.runs import say_unused_captions
+from pipelines.scripting import say_unused_captions
 from pipelines.two_stage import Pipeline
 
 ROWS = [{"file_name": f"{name}.png", "text": f"the letter {name}, 'quoted', \u00e9"} for name in "abcd"]

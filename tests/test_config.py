@@ -15,16 +15,8 @@ from PIL import Image
 from pipelines.checkpoint import build_prior, build_tokenizer
 from pipelines.config import Polymorphic, differences, parse, peek, plain, wants_json
 from pipelines.images import DataConfig
-from pipelines.runs import (
-    Outcome,
-    check_writable,
-    find_run,
-    load_images_for,
-    one_line,
-    run_script,
-    save_config,
-    saved_data_section,
-)
+from pipelines.runs import find_run, load_images_for, save_config, saved_data_section
+from pipelines.scripting import Outcome, check_writable, one_line, run_script
 from pipelines.training_config import TrainingConfig
 from pipelines.two_stage import Pipeline
 from prior import PRIORS

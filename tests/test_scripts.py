@@ -26,7 +26,8 @@ from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig, load_images
 from pipelines.masks import named_mask
 from pipelines.pictures import save_grid
-from pipelines.runs import choose_device, save_config, say_skipped
+from pipelines.runs import save_config
+from pipelines.scripting import choose_device, say_skipped
 from pipelines.training_config import TrainingConfig
 from prior import PRIORS
 from prior.base import CodeSpec

@@ -13,7 +13,7 @@ from pipelines.evaluation.pretrained import inception_features, lpips_network
 from pipelines.evaluation.protocol import comparable, pixels_of, protocol_differences
 from pipelines.files import read_json
 from pipelines.images import DataConfig, load_images
-from pipelines.runs import check_seed
+from pipelines.scripting import check_seed
 
 # Groups that are measured in the features of a classifier, where there are no weights of Inception
 BY_CLASSIFIER = ("reconstruction", "samples", "local")
