@@ -99,6 +99,19 @@ def test_a_damaged_picture_is_refused(tmp_path):
         upload(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("step", [(Image, "open"), (canvas, "load")])
+def test_only_what_is_wrong_with_a_picture_is_said_to_be(tmp_path, monkeypatch, step):
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    raised = OverflowError("odd header")
+    monkeypatch.setattr(*step, lambda *_, **__: (_ for _ in ()).throw(raised))
+    with pytest.raises(ValueError, match=r"^a.png is ") as error:
+        upload(tmp_path / "a.png")
+    assert error.value.__cause__ is raised
+    raised = MemoryError()
+    with pytest.raises(MemoryError):
+        upload(tmp_path / "a.png")
+
+
 def png_of_announced_size(path, side):
     """A PNG that announces side x side pixels, of which it holds none."""
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)

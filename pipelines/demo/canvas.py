@@ -33,10 +33,12 @@ def open_upload(path: str, *, max_bytes: int, max_pixels: int) -> Image.Image:
         raise ValueError(f"{name} has {Path(path).stat().st_size:,} bytes; the limit is {max_bytes:,}")
     try:
         picture = Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError(f"{name} has too many pixels; the limit is {max_pixels:,}") from None
-    except Exception:
-        raise ValueError(f"{name} is not an image that can be read; take {', '.join(FORMATS)}") from None
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels; the limit is {max_pixels:,}") from error
+    except Exception as error:  # Pillow's are of many types
+        raise ValueError(f"{name} is not an image that can be read; take {', '.join(FORMATS)}") from error
     with picture:
         if picture.width * picture.height > max_pixels:
             size = f"{picture.width:,} x {picture.height:,} = {picture.width * picture.height:,} pixels"
@@ -44,8 +46,10 @@ def open_upload(path: str, *, max_bytes: int, max_pixels: int) -> Image.Image:
         try:
             load(picture)
             return ImageOps.exif_transpose(picture)
+        except MemoryError:
+            raise
         except Exception as error:
-            raise ValueError(f"{name} is damaged: {error}") from None
+            raise ValueError(f"{name} is damaged: {error}") from error
 
 
 def as_seen(picture: Image.Image, tokenizer: Tokenizer) -> Tensor:
