@@ -370,7 +370,10 @@ class Prior(nn.Module, ABC):
         self, num_samples, labels, options, noise, given, callback, codes_callback: Callable | None
     ) -> Sampled:
         """`_sample` of the priors that name "return_log_prob" and "codes_callback" among their options."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} names 'return_log_prob' or 'codes_callback' in sampling_options, "
+            "but does not write _sample_by_steps, which makes them"
+        )
 
     def check_inputs(self, codes: Codes, labels: Tensor | None) -> None:
         """Raises ValueError unless the codes are of this prior's space and the labels fit them."""

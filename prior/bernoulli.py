@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from prior.annealed_importance import LogPartition
 from prior.base import Codes, Sampled
-from prior.bits import BitPrior, BitPriorConfig, bits_to_codes, codes_to_bits, mask_to_bits
+from prior.bits import (
+    BitPrior,
+    BitPriorConfig,
+    bits_per_code,
+    bits_per_level,
+    bits_to_codes,
+    codes_to_bits,
+    mask_to_bits,
+)
 from prior.sampling import NOT_NUMBERS
 
 
@@ -54,6 +62,12 @@ class Bernoulli(BitPrior):
         self.check_inputs(codes, labels)
         return -self.energy(*self.sides(codes)) - self.log_partition_loss()
 
+    def log_prob_by_code(self, codes: Codes, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        self.check_inputs(codes, labels)
+        log_probs = _log_prob_of(codes_to_bits(self.spec, codes).bool(), self.logits)
+        levels = zip(log_probs.split(bits_per_level(self.spec), dim=1), codes, bits_per_code(self.spec))
+        return tuple(part.reshape(*code.shape, width).sum(dim=-1) for part, code, width in levels)
+
     def _sample(self, *arguments) -> Codes:
         return self._sample_by_steps(*arguments, None).codes
 
@@ -64,7 +78,7 @@ class Bernoulli(BitPrior):
         if options.temperature:
             logits = logits / options.temperature
             bits = uniform < logits.sigmoid()
-            log_probs = -F.softplus(torch.where(bits, -logits, logits))
+            log_probs = _log_prob_of(bits, logits)
         else:  # nothing is left to chance
             bits = (logits > 0).expand_as(uniform)
             log_probs = torch.zeros_like(uniform)
@@ -73,3 +87,8 @@ class Bernoulli(BitPrior):
             bits, log_probs = torch.where(known, fixed, bits), log_probs.masked_fill(known, 0.0)
         callback(self.num_bits, self.num_bits)
         return Sampled(bits_to_codes(self.spec, bits), log_probs.sum(dim=1))
+
+
+def _log_prob_of(bits: Tensor, logits: Tensor) -> Tensor:
+    """(B, n) nats: log-probabilities of bits (B, n), true or false, by their log-odds (n,)."""
+    return -F.softplus(torch.where(bits, -logits, logits))

@@ -450,10 +450,16 @@ def test_an_option_that_sampling_does_not_have_is_refused_by_name(option, hint):
             method(**arguments, **{option: None})
 
 
-@pytest.mark.parametrize("prior", tiny.BIT_PRIORS)
-def test_priors_that_cannot_weigh_single_codes_say_so(prior):
-    pipeline = make("vqvae", prior)
-    with pytest.raises(ValueError, match=f"{PRIORS[prior].__name__} does not predict one code after another"):
+def test_candidates_of_independent_codes_weigh_the_same():
+    completions = make("vqvae", "bernoulli").complete(
+        random_images(2, 3, 8, 8), TOP_HALF, num_candidates=3, ranking="importance", generator=seed()
+    )
+    torch.testing.assert_close(completions.weights, torch.full((2, 3), 1 / 3))
+
+
+def test_priors_that_cannot_weigh_single_codes_say_so():
+    pipeline = make("vqvae", "rbm")
+    with pytest.raises(ValueError, match="RBM does not predict one code after another"):
         pipeline.complete(torch.zeros(1, 3, 8, 8), TOP_HALF, num_candidates=2, ranking="importance")
 
 

@@ -876,6 +876,8 @@ def test_groups_that_are_not_measured_again_stay_with_their_protocol_and_command
     assert "likelihood (of an earlier evaluation)\n" in format_summary(second)
     third, _ = saved_run.evaluate("likelihood")
     assert [part["command"] for part in third["parts"]] == ["evaluate codebook 1", "evaluate likelihood 1"]
+    assert third["metrics"]["num_draws"] == 1
+    assert third["protocol"]["likelihood"]["num_draws"] == "any: the encoder is deterministic"
 
 
 def test_another_split_replaces_no_numbers_of_the_card(saved_run):

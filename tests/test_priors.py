@@ -274,10 +274,9 @@ def test_the_log_probability_of_a_plain_sample_is_the_priors_own(name, spec):
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     codes, log_prob = prior.sample(20, labels, generator=generators[0], return_log_prob=True)
     torch.testing.assert_close(log_prob, prior.log_prob(codes, labels), atol=1e-4, rtol=1e-4)
-    if type(prior).log_prob_by_code is not Prior.log_prob_by_code:
-        by_code = prior.log_prob_by_code(codes, labels)
-        assert [part.shape for part in by_code] == [code.shape for code in codes]
-        torch.testing.assert_close(prior.spec.flatten(by_code).sum(1), log_prob, atol=1e-4, rtol=1e-4)
+    by_code = prior.log_prob_by_code(codes, labels)
+    assert [part.shape for part in by_code] == [code.shape for code in codes]
+    torch.testing.assert_close(prior.spec.flatten(by_code).sum(1), log_prob, atol=1e-4, rtol=1e-4)
     plain = prior.sample(20, labels, generator=generators[1])
     assert all(a.equal(b) for a, b in zip(plain, codes))
 
@@ -295,6 +294,16 @@ def test_independent_bits_have_the_log_probability_of_brute_force(temperature, k
                            generator=torch.Generator().manual_seed(0))  # fmt: skip
     assert_frequencies_match(sampled.codes, spec, expected)
     assert_log_prob_is_that_of_the_draws(sampled, spec, expected)  # given codes were not drawn
+
+
+@pytest.mark.parametrize("option", [{"return_log_prob": True}, {"codes_callback": print}], ids=str)
+def test_a_prior_that_promises_more_than_it_writes_is_told_what_is_missing(option):
+    class Promising(PRIORS["rbm"]):
+        sampling_options = PRIORS["rbm"].sampling_options | option.keys()
+
+    prior = Promising(Promising.Config(spec=tiny.SPECS["bits"]))
+    with pytest.raises(NotImplementedError, match=r"Promising names .* does not write _sample_by_steps"):
+        prior.sample(1, **option)
 
 
 class Dice(AutoregressivePrior):
