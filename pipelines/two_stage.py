@@ -44,7 +44,7 @@ from pipelines.pipeline_index import (
 from pipelines.preprocessing import preprocess_image
 from pipelines.rejection import Accepted, Score, rejection_sample
 from pipelines.text import TextTokenizer
-from prior.base import PADDING, Codes, Prior
+from prior.base import PADDING, Codes, Prior, evaluating
 from prior.sampling import GuidanceSchedule, SamplingOptions
 from tokenizer.base import Tokenizer
 from tokenizer.registry import nearest_known
@@ -528,7 +528,8 @@ class Pipeline:
                 raise ValueError("images must be PIL images, or one tensor (batch, channels, height, width)")
             preprocessing = self.tokenizer.config.preprocessing
             images = torch.stack([preprocess_image(image, preprocessing) for image in images])
-        self.tokenizer.check_images(images)
+        with evaluating(self.tokenizer):  # in training it would not look at the range
+            self.tokenizer.check_images(images)
         return images.to(self.device)
 
     @torch.no_grad()

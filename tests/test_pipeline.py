@@ -324,10 +324,14 @@ def test_pil_images_and_tensors_are_encoded_alike():
         ([], "images must be PIL images, or one tensor"),
     ],
 )
-def test_what_is_not_an_image_is_refused(images, message):
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_not_an_image_is_refused(images, message, training):
+    pipeline = make()
+    pipeline.tokenizer.train(training)
     with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
-        make().encode(images)
+        pipeline.encode(images)
     assert message in str(error.value)
+    assert pipeline.tokenizer.training == training
 
 
 def test_codes_out_of_range_and_impossible_outputs_are_refused():
