@@ -60,8 +60,8 @@ class AutoregressivePrior(Prior):
     def steps(self, classes: Tensor) -> Generator[Tensor, Tensor, None]:
         """A Python generator that yields the logits (B, K_l) of the next code and is sent the codes (B,) chosen there.
 
-        `next` gives the logits of the first code. It is advanced without gradients, and works in the mode (dropout,
-        autocast) of whoever advances it.
+        `next` gives the logits of the first code; those of the next code may overwrite them. It is advanced without
+        gradients, and works in the mode (dropout, autocast) of whoever advances it.
         """
 
     def forward(self, codes: Codes, labels: Tensor | None = None) -> dict[str, Tensor]:

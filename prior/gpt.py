@@ -112,6 +112,7 @@ class GPT(AutoregressivePrior):
         # once for all steps: parametrizations compute it anew each time, and decoders know a head by its address
         head = self.lm_head.weight
         for level, length in enumerate(self.spec.lengths):
+            level_head, offset = head[self._tokens(level)] if kinds else None, self.offsets[level]
             for _ in range(length):
                 if decoder is None and caches[0].length > 0:
                     serving = [kind for kind in kinds if kind.serves(self.model)]
@@ -119,9 +120,9 @@ class GPT(AutoregressivePrior):
                 if decoder is None:
                     logits = self._head(self.model(tokens, rotation, caches)[:, -1], level)
                 else:
-                    logits = decoder(tokens, head[self._tokens(level)])
+                    logits = decoder(tokens, level_head)
                 codes = yield logits
-                tokens = (self.offsets[level] + codes)[:, None]
+                tokens = (offset + codes if offset else codes)[:, None]
 
     def prefix(self, classes: Tensor) -> Tensor:
         """(B, P) tokens that begin the sequence: the class or null class, with the padded caption before it.

@@ -1,20 +1,88 @@
 """One token at a time through a GPT's transformer on a GPU, where sampling is bound by starting its many kernels."""
 
+import functools
+from threading import Lock
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Attention reads the cache up to a multiple of this many places, since what a graph does is fixed: each multiple has a
-# graph of its own. Not tuned on a device.
-PLACES = 64
+
+class Layer:
+    """One `Block` with its cache: the residual stream and what a norm made of it (B, D), both after the next token.
+
+    The norm belongs to what follows: it is that of the next block, or the model's last. What lies between the products
+    is left to those that derive from this.
+    """
+
+    def __init__(self, block: nn.Module, next_norm: nn.RMSNorm, cache, rotations: Tensor | None):
+        attention, mlp = block.self_attn, block.mlp
+        self.keys, self.values = cache.keys, cache.values  # (B, heads, P, head_dim)
+        self.rotations = rotations
+        self.norm, self.mlp_norm, self.next_norm = block.input_layernorm, block.post_attention_layernorm, next_norm
+        self.queries_keys_values = self._joined(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = self._joined(attention.o_proj)
+        self.gate_up, self.down = self._joined(mlp.gate_proj, mlp.up_proj), self._joined(mlp.down_proj)
+
+    @classmethod
+    def through(cls, layers: list["Layer"], x: Tensor, place: Tensor) -> Tensor:
+        """The hidden states after all layers, which the last norm has made of the residual stream."""
+        normalised = layers[0].norm(x).to(layers[0].keys.dtype)
+        for layer in layers:
+            x, normalised = layer(x, normalised, place)
+        return normalised
+
+    def __call__(self, x: Tensor, normalised: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = self.attend(F.linear(normalised, self.queries_keys_values), place)
+        x, normalised = self.add_norm(x, F.linear(mixed, self.out), self.mlp_norm)
+        gated = self.silu_mul(F.linear(normalised, self.gate_up))
+        return self.add_norm(x, F.linear(gated, self.down), self.next_norm)
+
+    def _joined(self, *projections: nn.Linear) -> Tensor:
+        weights = [projection.weight for projection in projections]
+        return (torch.cat(weights) if len(weights) > 1 else weights[0]).to(self.keys.dtype)
+
+
+class TorchLayer(Layer):
+    """A `Layer` of torch's operations, about 19 kernels, for where Triton is not installed.
+
+    Attention goes over places that are not filled yet, with a weight of 0.
+    """
+
+    def __init__(self, block: nn.Module, next_norm: nn.RMSNorm, cache, rotations: Tensor | None):
+        super().__init__(block, next_norm, cache, rotations)
+        # new memory may hold anything, and a weight of 0 does not undo a NaN
+        self.keys[:, :, cache.length :] = 0
+        self.values[:, :, cache.length :] = 0
+        self.mask = self.keys.new_zeros(cache.max_length)  # added to the scores
+        self.mask[cache.length :] = -torch.inf
+
+    def attend(self, projected: Tensor, place: Tensor) -> Tensor:
+        batch, num_heads, _, head_dim = self.keys.shape
+        queries_keys, value = projected.view(batch, 3, num_heads, head_dim).split([2, 1], dim=1)
+        if self.rotations is not None:
+            queries_keys = rotated(queries_keys, self.rotations.index_select(0, place)[0])
+        query, key, value = (part[:, :, None] for part in (*queries_keys.unbind(1), value[:, 0]))
+        self.keys.index_copy_(2, place, key)
+        self.values.index_copy_(2, place, value)
+        self.mask.index_fill_(0, place, 0)
+        mixed = F.scaled_dot_product_attention(query, self.keys, self.values, attn_mask=self.mask[None, None, None])
+        return mixed.reshape(batch, -1)
+
+    def add_norm(self, x: Tensor, branch: Tensor, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+        x = x + branch
+        return x, norm(x).to(branch.dtype)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 class StaticDecoder:
     """`Transformer.forward` of the newest tokens, with the same result up to rounding, for a batch of fixed size.
 
-    Shapes and addresses are those of the step before: the place is a number on the device, and attention goes over
-    places that are not filled yet, with a weight of 0. Products are computed in the dtype of the caches, which is
-    autocast's where it is on; weights are joined and cast once.
+    Shapes and addresses are those of the step before: the place is a number on the device. Products are computed in the
+    dtype of the caches, which is autocast's where it is on; weights are joined and cast once.
 
     Args:
         model: a `Transformer` in evaluation mode: see `serves`.
@@ -22,18 +90,18 @@ class StaticDecoder:
         rotation: the rotary table of all places (2, P, head_dim / 2), or None.
     """
 
-    def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None):
-        self.embed, self.norm = model.embed_tokens, model.norm
-        self.length = caches[0].length
-        self.rotary = rotation is not None
-        # (P, 2, head_dim), for `rotated`, or (P, D)
-        self.places = _by_place(rotation) if self.rotary else model.embed_positions.weight
-        self.layers = [StaticLayer(block, cache) for block, cache in zip(model.layers, caches)]
+    def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None, layer: type[Layer] = TorchLayer):
         keys = caches[0].keys
         self.device, self.dtype = keys.device, keys.dtype
-        self.tokens = torch.zeros(len(keys), 1, dtype=torch.int64, device=self.device)
-        self.place = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.order = torch.arange(caches[0].max_length, device=self.device)
+        self.embed, self.positions = model.embed_tokens, None if rotation is not None else model.embed_positions.weight
+        next_norms = [*(block.input_layernorm for block in model.layers[1:]), model.norm]
+        rotations = None if rotation is None else _by_place(rotation)
+        self.layers = [
+            layer(block, next_norm, cache, rotations)
+            for block, next_norm, cache in zip(model.layers, next_norms, caches)
+        ]
+        self.tokens = torch.zeros(len(keys), dtype=torch.int64, device=self.device)
+        self.place = torch.full((1,), caches[0].length, device=self.device)
         self.heads: dict[int, Tensor] = {}
 
     @staticmethod
@@ -42,94 +110,84 @@ class StaticDecoder:
         return not model.training and not torch.is_grad_enabled()
 
     def __call__(self, tokens: Tensor, head: Tensor) -> Tensor:
-        """Logits (B, K) after the next tokens (B, 1), for a head's weight (K, D)."""
-        self.tokens.copy_(tokens)
-        self.place.fill_(self.length)
-        self.length += 1
+        """Logits (B, K) after the next tokens (B, 1), for a head's weight (K, D); overwritten by the next call's."""
+        self.tokens.copy_(tokens[:, 0])
         if head.data_ptr() not in self.heads:
             self.heads[head.data_ptr()] = head.to(self.dtype)
-        with torch.autocast(self.device.type, enabled=False):
-            hidden = self.hidden(-(-self.length // PLACES) * PLACES)
-            return F.linear(hidden.to(self.dtype), self.heads[head.data_ptr()])
+        return self.logits(head.data_ptr())
 
-    def hidden(self, num_places: int) -> Tensor:
-        """The hidden states (B, D) after `tokens` at `place`, which attend to the first `num_places` places at most."""
-        place = self.places.index_select(0, self.place)
-        x = self.embed(self.tokens)[:, 0]
-        x, rotation = (x, place[0]) if self.rotary else (x + place, None)
-        order = self.order[:num_places]
-        # added to the scores; made once, where each layer would turn a boolean mask into this
-        mask = torch.zeros_like(order, dtype=self.dtype).masked_fill(order > self.place, -torch.inf)
-        for layer in self.layers:
-            x = layer(x, rotation, self.place, mask)
-        return self.norm(x)
+    def logits(self, head: int) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            return F.linear(self.hidden(), self.heads[head])
+
+    def hidden(self) -> Tensor:
+        """The hidden states (B, D) after `tokens` at `place`, which goes on to the next."""
+        x = self.embed(self.tokens)
+        if self.positions is not None:
+            x = x + self.positions.index_select(0, self.place)
+        hidden = type(self.layers[0]).through(self.layers, x, self.place)
+        self.place += 1
+        return hidden
 
 
 class GraphDecoder(StaticDecoder):
-    """A `StaticDecoder` on a GPU whose steps are CUDA graphs: the processor starts one thing in place of hundreds."""
+    """A `StaticDecoder` on a GPU whose step is a CUDA graph: the processor starts one thing in place of a hundred."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        # graphs run one after the other, so one's memory does for all; it is shared within a stream
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+    def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None):
+        super().__init__(model, caches, rotation, layer_for(caches[0].keys))
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # for each head
 
     @staticmethod
     def serves(model: nn.Module) -> bool:
         return StaticDecoder.serves(model) and model.embed_tokens.weight.device.type == "cuda"
 
-    def hidden(self, num_places: int) -> Tensor:
-        if num_places not in self.graphs:
-            self.graphs[num_places] = self._capture(num_places)
-        graph, hidden = self.graphs[num_places]
+    def logits(self, head: int) -> Tensor:
+        if head not in self.graphs:
+            return self._first(head)
+        graph, logits = self.graphs[head]
         graph.replay()
-        return hidden
+        return logits
 
-    def _capture(self, num_places: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A graph of a step, and the tensor in which each replay leaves its result."""
-        # What libraries set up at their first call cannot be recorded. This one stores what the first replay will.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            super().hidden(num_places)
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": threads that fetch batches may go on meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            hidden = super().hidden(num_places)
-        return graph, hidden
+    def _first(self, head: int) -> Tensor:
+        """The first step with a head, and the recording of those that follow, which computes nothing.
+
+        A step before is needed, since what libraries set up at their first call cannot be recorded. Not by
+        `torch.cuda.graph`, which collects garbage and empties torch's cache of memory each time.
+        """
+        current = torch.cuda.current_stream(self.device)
+        with _RECORDING:
+            stream = _recording_stream(self.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                logits = super().logits(head)
+                graph = torch.cuda.CUDAGraph()
+                # "thread_local": threads that fetch batches may go on meanwhile
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    recorded = super().logits(head)
+                finally:
+                    graph.capture_end()
+            current.wait_stream(stream)
+        self.graphs[head] = graph, recorded
+        logits.record_stream(current)  # else a later step on the other stream may overwrite it before it is read
+        return logits
 
 
-class StaticLayer:
-    """One `Block` with its cache."""
+# One stream for all decoders, since cuBLAS keeps 32 MiB for each that it has ever seen. Whatever another thread did on
+# it would be recorded too.
+_recording_stream = functools.cache(torch.cuda.Stream)
+_RECORDING = Lock()
 
-    def __init__(self, block: nn.Module, cache):
-        attention, mlp = block.self_attn, block.mlp
-        self.keys, self.values = cache.keys, cache.values  # (B, heads, P, head_dim)
-        # new memory may hold anything, and a weight of 0 does not undo a NaN
-        self.keys[:, :, cache.length :] = 0
-        self.values[:, :, cache.length :] = 0
-        self.norm, self.mlp_norm = block.input_layernorm, block.post_attention_layernorm
-        self.queries_keys_values = self._joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out = self._joined(attention.o_proj)
-        self.gate_up, self.down = self._joined(mlp.gate_proj, mlp.up_proj), self._joined(mlp.down_proj)
 
-    def __call__(self, x: Tensor, rotation: Tensor | None, place: Tensor, mask: Tensor) -> Tensor:
-        batch, num_heads, _, head_dim = self.keys.shape
-        projected = F.linear(self.norm(x).to(self.keys.dtype), self.queries_keys_values)
-        queries_keys, value = projected.view(batch, 3, num_heads, head_dim).split([2, 1], dim=1)
-        if rotation is not None:
-            queries_keys = rotated(queries_keys, rotation)
-        query, key, value = (part[:, :, None] for part in (*queries_keys.unbind(1), value[:, 0]))
-        self.keys.index_copy_(2, place, key)
-        self.values.index_copy_(2, place, value)
-        keys, values = (past[:, :, : len(mask)] for past in (self.keys, self.values))
-        mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[None, None, None])
-        x = x + F.linear(mixed.reshape(batch, -1), self.out)
-        gate, up = F.linear(self.mlp_norm(x).to(self.keys.dtype), self.gate_up).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, self.down)
-
-    def _joined(self, *projections: nn.Linear) -> Tensor:
-        return torch.cat([projection.weight for projection in projections]).to(self.keys.dtype)
+def layer_for(keys: Tensor) -> type[Layer]:
+    """The kind of layer for caches like this one, (B, heads, P, head_dim)."""
+    if keys.dtype == torch.float64:  # the kernels compute in float32
+        return TorchLayer
+    try:
+        from prior.gpt_triton import FEW_ROWS, FewRowsLayer, FusedLayer  # here, since it imports Triton
+    except ModuleNotFoundError:
+        return TorchLayer
+    return FewRowsLayer if len(keys) <= FEW_ROWS else FusedLayer
 
 
 def _by_place(rotation: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From logits to codes: temperature, top-k, top-p, min-p, guidance, and noise that belongs to each image alone."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Literal
@@ -13,6 +13,9 @@ NOT_NUMBERS = (
     "the logits of the codes overflowed or are not numbers: the weights are damaged, or too large for their type; "
     "in float16 take bfloat16 or float32, and a smaller guidance_scale where it is large"
 )
+
+# Where a draw is one kernel, if there is Triton, which torch brings to Linux with its GPU builds
+FUSED_DEVICE = "cuda"
 
 GuidanceSchedule = Literal["constant", "linear"] | tuple[float, float]
 
@@ -94,7 +97,9 @@ def _checked_schedule(schedule) -> GuidanceSchedule:
 
 
 def final_logits(logits: Tensor, options: SamplingOptions, position: int, length: int) -> Tensor:
-    """(B, K) in float32: the logits of the distribution that the code of one position is drawn from.
+    """(B, K): the logits of the distribution that the code of one position is drawn from.
+
+    In float32, except where no option changes anything.
 
     Args:
         logits: (B, K); with guidance (2 B, K), the conditional ones first.
@@ -119,15 +124,16 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
-    """Logits (..., K) in float32 with temperature, top-k, top-p, then min-p applied: the order of `transformers`.
+    """Logits (..., K) with temperature, top-k, top-p, then min-p applied: the order of `transformers`.
 
+    In float32, except where nothing is to be applied.
     Codes that are filtered out get minus infinity; at least one code is kept. Codes that tie with the last one kept are
     kept too, so that the result does not depend on a device's order of sorting; of equal codes, temperature 0 takes the
     first. A constant may have been subtracted.
     """
-    logits = logits.float()
     if not options.filtering:
         return logits
+    logits = logits.float()
     # the largest is 0 from here on, so a small temperature sends the others to -inf and never overflows
     logits = logits - logits.amax(-1, keepdim=True)
     if options.temperature <= torch.finfo(torch.float32).tiny:
@@ -162,6 +168,12 @@ def draw(logits: Tensor, uniform: Tensor, totals: list[Tensor] | None = None) ->
     By the inverse of the cumulative distribution: the same noise gives the same codes on every device, up to rounding,
     unlike `torch.multinomial`; a code of probability zero is never drawn.
     """
+    fused = _fused_draw(logits.shape[-1]) if logits.device.type == FUSED_DEVICE else None
+    if fused is not None:
+        codes, total = fused(logits, uniform)
+        if totals is not None:
+            totals.append(total)
+        return codes
     probabilities = logits.float().softmax(-1)
     # impossible codes stay at 0 and cannot be the first to exceed the target; that a parallel cumsum need not be
     # monotone does not matter either, because the target lies below the largest value
@@ -171,6 +183,15 @@ def draw(logits: Tensor, uniform: Tensor, totals: list[Tensor] | None = None) ->
     if totals is not None:
         totals.append(total)
     return (cumulative > total * uniform[:, None]).int().argmax(-1)  # the first
+
+
+def _fused_draw(num_codes: int) -> Callable | None:
+    """`draw` as one kernel, where there is Triton and the codes are not too many for it."""
+    try:
+        from prior.sampling_triton import MOST_CODES, fused_draw  # here, since it imports Triton
+    except ModuleNotFoundError:
+        return None
+    return fused_draw if num_codes <= MOST_CODES else None
 
 
 def cumulative_sum(probabilities: Tensor) -> Tensor:
@@ -241,4 +262,7 @@ class ImageNoise:
         return self._stack(distribution(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators)
 
     def _stack(self, draws: Iterable[Tensor]) -> Tensor:
-        return torch.stack([draw.to(self.device) for draw in draws])
+        draws = list(draws)
+        if len({draw.device for draw in draws}) > 1:
+            draws = [draw.to(self.device) for draw in draws]
+        return torch.stack(draws).to(self.device)  # at once: each copy to a GPU waits for it

@@ -23,7 +23,7 @@ BENCHMARKS = {
     "boltzmann": "block Gibbs sampling of a Boltzmann machine",
     "training": "what the training loop adds to a step, and the time to import and load",
 }
-ON_GPU = ("quantizer", "sampling", "training")
+ON_GPU = ("quantizer", "tokenizer", "sampling", "training")
 RESULTS = Path(__file__).parent / "benchmark_results"
 
 
@@ -34,7 +34,10 @@ def main() -> None:
     peers = "work tree of rosinality, llamagen, taming or ritheshkumar95; may be repeated"
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help=peers)
     parser.add_argument("--threads", type=int, default=1, help="1 measures CPU time, more wall time")
-    device = "where candidates run: cpu, or cuda, by wall time and in bfloat16 where that is usual; not for all"
+    device = (
+        "where candidates run: cpu, or cuda, by wall time and in bfloat16 where that is usual; not for all, and in "
+        "tokenizer and training with other models, also compiled"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device)
     parser.add_argument("--rounds", type=int, default=5, help="paired measurements of each case")
     parser.add_argument("--sizes", choices=("quick", "full"), default="full", help="quick: tiny, to see that it works")

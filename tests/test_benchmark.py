@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benchmark import ON_GPU, default_output, print_summary, run
-from benchmarks import boltzmann, codes, quantizer, sampling, training
+from benchmarks import boltzmann, codes, quantizer, sampling, tokenizer, training
 from benchmarks.measure import Clock, Timing, compare, peak_memory
 from benchmarks.peers import Peers, load
 from benchmarks.report import Case, Report, place
@@ -131,7 +131,10 @@ def test_only_the_cases_asked_for_are_run(tmp_path):
         ({"rounds": 0}, "--rounds must be at least 1, got 0"),
         ({"threads": 0}, "--threads must be at least 1, got 0"),
         ({"memory_limit_gb": -1.0}, "--memory_limit_gb must be at least 0, got -1.0"),
-        ({"device": "cuda"}, "boltzmann is for CPUs; --device cuda is known to quantizer, sampling, training"),
+        (
+            {"device": "cuda"},
+            "boltzmann is for CPUs; --device cuda is known to quantizer, tokenizer, sampling, training",
+        ),
         pytest.param(
             {"benchmark": "quantizer", "device": "cuda"}, "torch finds no GPU here; leave it out to run on the CPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
@@ -377,6 +380,75 @@ def test_the_rate_of_a_gpts_training_is_that_of_its_products():
     assert checks["codes per second"] == pytest.approx(8 / seconds)
     assert checks["TFLOP/s"] == pytest.approx(operations / seconds / 1e12)
     assert checks["of the rate of a bare GEMM"] == pytest.approx(checks["TFLOP/s"] / 0.1)
+
+
+def test_the_rate_of_a_tokenizers_training_is_that_of_its_products():
+    case, size = Case({}), tokenizer.VQ16_SIZES["quick"]
+    tokenizer.run_vq16(case, Clock(1), 1, size, gemm_gflops=100.0, memory_gb=0.0)
+    assert case.seconds.keys() == {tokenizer.OURS, tokenizer.QUANTIZER}  # compiled on a GPU alone
+    seconds, checks = case.seconds[tokenizer.OURS], case.checks
+    operations = tokenizer.operations(tokenizer.vq16(*size))
+    assert checks["images per second"] == pytest.approx(size[0] / seconds)
+    assert checks["TFLOP/s"] == pytest.approx(operations / seconds / 1e12)
+    assert checks["of the rate of a bare GEMM"] == pytest.approx(checks["TFLOP/s"] / 0.1)
+    share = case.seconds[tokenizer.QUANTIZER] / seconds
+    assert checks["share of the step that the quantizer takes"] == pytest.approx(share)
+
+
+def test_operations_are_those_of_forward_and_backward():
+    layer, x = torch.nn.Linear(3, 5), torch.ones(2, 3)
+    assert tokenizer.operations(lambda: layer(x).sum().backward()) == 2 * 2 * 2 * 3 * 5  # x wants no gradient
+
+
+def test_the_quantizers_step_is_that_of_the_whole_tokenizer(monkeypatch):
+    seen, batch, side, channels, num_codes = [], *tokenizer.VQ16_SIZES["quick"]
+    whole = tokenizer.vq16(batch, side, channels, num_codes)
+    forward = quantizer.EMAVQ.forward
+
+    def noted(self, h, *arguments):
+        seen.append((self.codebook.shape, h.shape, h.stride(), h.dtype))
+        return forward(self, h, *arguments)
+
+    monkeypatch.setattr(quantizer.EMAVQ, "forward", noted)
+    whole()
+    tokenizer.vq16_quantizer(batch, side, channels, num_codes)()
+    assert len(set(seen)) == 1
+    assert seen[0][:2] == ((num_codes, 8), (batch, 8, side // 16, side // 16))
+
+
+def test_a_step_of_dvaepp_is_timed():
+    case = Case({})
+    tokenizer.run_dvaepp(case, Clock(1), 1, tokenizer.DVAEPP_SIZES["quick"], memory_gb=0.0)
+    assert case.checks["steps per second"] == pytest.approx(1 / case.seconds[tokenizer.OURS])
+
+
+def test_candidates_are_compiled_on_a_gpu_alone():
+    endings = (tokenizer.COMPILED, tokenizer.GRAPHS)
+    gpu, cpu = (tokenizer.in_modes(clock, "a", endings, dict, 1) for clock in (Clock(1, "cuda"), Clock(1)))
+    assert cpu == {"a": (dict, (1, None))}
+    assert gpu == {
+        "a": (dict, (1, None)),
+        "a compiled": (dict, (1, "default")),
+        "a in CUDA graphs": (dict, (1, "reduce-overhead")),
+    }
+
+
+def test_what_cannot_be_compiled_is_noted_and_left_out(capsys):
+    counters, called = torch._dynamo.utils.counters["inductor"], []
+
+    def fails():
+        raise RuntimeError("overwritten by a later run")
+
+    def skips():
+        called.append(True)
+        counters["cudagraph_skips"] += len(called) == 1
+
+    case, candidates = Case({}), {"a": fails, "a compiled": fails, "a in CUDA graphs": skips}
+    tokenizer.warm_up(case, candidates)
+    assert candidates == {"a": fails, "a in CUDA graphs": skips}  # the first is not compiled, so it was not called
+    assert case.checks == {"failures of a compiled": 1, "CUDA graphs skipped, a in CUDA graphs": 1}
+    assert "a compiled is left out: RuntimeError: overwritten by a later run" in capsys.readouterr().out
+    assert len(called) == tokenizer.WARM_UP
 
 
 def test_a_quantizers_problem_is_the_same_wherever_it_is_put():

@@ -216,6 +216,15 @@ def test_logistic_mixture_mean_is_the_expectation_over_all_pixels(monkeypatch):
     torch.testing.assert_close(likelihood.mean(params).flatten(), expected, rtol=0, atol=0.01)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch's own compiler
+def test_nll_is_one_graph_for_torch_compile(name):
+    likelihood = make(name, image_channels=3)
+    params, images = torch.randn(2, likelihood.num_channels, 2, 3), random_images(likelihood)
+    torch._dynamo.reset()
+    compiled = torch.compile(likelihood.nll, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(params, images), likelihood.nll(params, images))
+
+
 # Errors
 
 

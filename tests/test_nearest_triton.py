@@ -21,6 +21,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py turns the
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def split():
+    """In the interpreter, which takes bfloat16 for whole numbers, its results are float32: with the same products."""
+    split = nearest_triton._split
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(nearest_triton, "_split", lambda *arguments: split(*arguments).float())
+        yield split
+
+
 def fused(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     vectors, codebook = vectors.to(DEVICE), codebook.to(DEVICE)
     return fused_nearest(vectors, codebook, codebook.square().sum(dim=1) / 2).cpu()
@@ -35,26 +45,36 @@ def fused_here(monkeypatch):
 @settings(max_examples=60, deadline=None)
 @given(
     num_vectors=st.integers(0, 70),
-    codebook_size=st.integers(1, 70),
-    dim=st.integers(1, 40),
+    codebook_size=st.integers(1, 150),
+    dim=st.sampled_from([1, 3, 8, 16, 40]),  # few, since each is compiled anew
     largest=st.sampled_from([1, 100]),
-    tile=st.tuples(*[st.sampled_from([16, 32])] * 3),
+    rows=st.sampled_from([16, 32]),
+    tensor_cores=st.booleans(),
+    num_programs=st.integers(1, 12),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_whole_numbers_have_the_codes_of_the_cpu_ties_included(num_vectors, codebook_size, dim, largest, tile, seed):
+def test_whole_numbers_have_the_codes_of_the_cpu_ties_included(
+    num_vectors, codebook_size, dim, largest, rows, tensor_cores, num_programs, seed
+):
     generator = torch.Generator().manual_seed(seed)
     # exact in float32, in any order; the small ones tie often
     vectors = torch.randint(-largest, largest + 1, (num_vectors, dim), generator=generator).float()
     codebook = torch.randint(-largest, largest + 1, (codebook_size, dim), generator=generator).float()
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in zip(("ROWS", "COLUMNS", "DEPTH"), tile):
-            patch.setattr(nearest_triton, name, size)
+        for name in ("NARROW", "WIDE", "FLOAT32"):
+            patch.setattr(nearest_triton, name, getattr(nearest_triton, name)._replace(rows=rows, columns=16, depth=16))
+        patch.setattr(nearest_triton, "_has_bfloat16", lambda device: tensor_cores)
+        patch.setattr(nearest_triton, "_num_programs", lambda device: num_programs)
         codes = fused(vectors, codebook)
     assert torch.equal(codes, nearest(vectors, codebook))
 
 
+@pytest.mark.parametrize("num_programs", [1, 20])
+@pytest.mark.parametrize("tensor_cores", [True, False])
 @pytest.mark.parametrize("dim", [1, 8, 33, 64, 300])
-def test_no_entry_is_nearer_than_the_one_found_by_more_than_rounding(dim):
+def test_no_entry_is_nearer_than_the_one_found_by_more_than_rounding(dim, tensor_cores, num_programs, monkeypatch):
+    monkeypatch.setattr(nearest_triton, "_has_bfloat16", lambda device: tensor_cores)
+    monkeypatch.setattr(nearest_triton, "_num_programs", lambda device: num_programs)
     vectors, codebook = torch.randn(70, dim), torch.randn(600, dim)
     codes = fused(vectors, codebook)
     vectors, codebook = vectors.double(), codebook.double()
@@ -65,6 +85,20 @@ def test_no_entry_is_nearer_than_the_one_found_by_more_than_rounding(dim):
     row = torch.arange(len(vectors))
     best = distances.argmin(dim=1)
     assert (distances[row, codes] - distances[row, best] <= rounding[row, codes] + rounding[row, best]).all()
+
+
+@pytest.mark.parametrize("dim", [3, 8, 64])
+def test_the_products_of_the_parts_are_those_of_the_numbers(dim, split):
+    vectors, codebook = torch.randn(5, dim, device=DEVICE), torch.randn(7, dim, device=DEVICE)
+    left = split(vectors, nearest_triton.VECTOR_PARTS, 16)
+    right = split(codebook, nearest_triton.ENTRY_PARTS, 16)
+    assert left.dtype == right.dtype == torch.bfloat16
+    exact = vectors.double() @ codebook.double().T
+    largest = vectors.double().abs() @ codebook.double().abs().T
+    errors = (left.double() @ right.double().T - exact).abs()
+    # each part is at most 2^-8 of the one before, and the three products left out are 2^-24, 2^-24 and 2^-32
+    assert (errors <= 2.01 * 2**-24 * largest).all()
+    assert (errors > 0).any()
 
 
 @needs_gpu  # the interpreter does not compute with such numbers
@@ -119,27 +153,43 @@ def test_a_quantizer_is_one_graph_for_torch_compile():
 
 
 PRODUCTS_OF_A_GPU = """
+import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from tokenizer.quantizers import nearest_triton
-types = {name: "*fp32" for name in ("vectors", "codebook", "half_squares")}
-types |= {"codes": "*i64", "num_vectors": "i32", "codebook_size": "i32"}
-constants = {"dim": 64, "tile_rows": 64, "tile_columns": 64, "tile_depth": 32}
+tiles, factors = getattr(nearest_triton, sys.argv[1]), sys.argv[2]
+names = ("left", "right", "vectors", "codebook", "half_squares", "codes", "scores")
+types = dict.fromkeys(names, "*fp32") | {"left": factors, "right": factors, "codes": "*i64"}
+types |= dict.fromkeys(("num_vectors", "codebook_size", "columns_of_part"), "i32")
+constants = {"dim": 64, "width": 384 if factors == "*bf16" else 64, "tile_dim": 64, "group": nearest_triton.GROUP}
+constants |= {"tile_rows": tiles.rows, "tile_columns": tiles.columns, "tile_depth": tiles.depth}
 source = triton.compiler.ASTSource(nearest_triton._search, types | dict.fromkeys(constants, "constexpr"), constants)
-options = {"enable_fp_fusion": True}
+options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-print(text.count("fma.rn.f32"), text.count("tf32"), text.count("mma"))
+print(text.count("fma.rn.f32"), text.count("tf32"), text.count("wgmma.mma_async"), text.count("f32.bf16.bf16"))
 """
 
 
-def test_the_compiled_kernel_multiplies_in_float32_without_tensor_cores(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", PRODUCTS_OF_A_GPU]
+def products_of_a_gpu(folder, *arguments: str) -> list[int]:
+    """How often the compiled kernel for a GPU has float32 products, TF32, tensor cores, and bfloat16 on those."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
+    command = [sys.executable, "-c", PRODUCTS_OF_A_GPU, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    fused_products, *tensor_cores = map(int, done.stdout.split())
-    assert fused_products == 64 * 64 * 32 / 128  # a tile's products, by 128 threads
-    assert tensor_cores == [0, 0]
+    return [int(number) for number in done.stdout.split()]
+
+
+@pytest.mark.parametrize("tiles", ["NARROW", "WIDE"])
+def test_the_compiled_kernel_multiplies_parts_on_tensor_cores(tiles, tmp_path):
+    _, tf32, tensor_cores, of_bfloat16 = products_of_a_gpu(tmp_path, tiles, "*bf16")
+    assert tf32 == 0
+    assert tensor_cores == of_bfloat16 > 0
+
+
+def test_the_compiled_kernel_multiplies_in_float32_where_there_are_no_such_tensor_cores(tmp_path):
+    products, *tensor_cores = products_of_a_gpu(tmp_path, "FLOAT32", "*fp32")
+    assert products >= 64 * 64 * 16 / 128  # a tile's products, by 128 threads
+    assert tensor_cores == [0, 0, 0]
 
 
 def test_the_packages_do_not_import_triton():
@@ -155,4 +205,6 @@ def test_no_memory_grows_with_vectors_times_entries():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     nearest(vectors, codebook)
-    assert torch.cuda.max_memory_allocated() - before < 2**22  # the codes are 2^19 bytes, all distances 2^32
+    parts = 6 * 2 * (vectors.numel() + codebook.numel())  # bytes: six numbers of bfloat16 for each of float32
+    # the codes and their scores are 2^20 bytes, all distances 2^32
+    assert torch.cuda.max_memory_allocated() - before < parts + 2**22

@@ -735,6 +735,23 @@ def test_dropout_acts_in_training_only(name):
     assert not prior.log_prob(codes).equal(prior.log_prob(codes))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch's own compiler
+@pytest.mark.parametrize("condition", [{}, {"num_classes": 2}, {"text_vocab_size": 3, "max_text_length": 2}], ids=str)
+def test_a_training_step_of_gpt_is_one_graph_for_torch_compile(condition):
+    prior = build("gpt", tiny.SPECS["levels"], **condition).train()
+    codes = random_codes(prior.spec, 2)
+    labels = torch.tensor([[2, -1], [-1, -1]]) if prior.conditional_on_text else torch.tensor([0, 1])
+    inputs = (codes, labels) if condition else (codes,)
+    torch._dynamo.reset()
+    compiled = torch.compile(prior, backend="aot_eager", fullgraph=True)
+    losses = []
+    for model in (prior, compiled):
+        torch.manual_seed(0)  # of the labels that are dropped
+        losses.append(model(*inputs)["nll"])
+        losses[-1].backward()
+    assert torch.equal(*losses)
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 

@@ -581,6 +581,29 @@ def test_the_residual_commitment_pulls_the_input_to_every_partial_sum():
     assert torch.equal(torch.autograd.grad(out.z.sum(), h)[0], torch.ones_like(h))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch's own compiler
+@pytest.mark.parametrize("init", ["normal", "kmeans"])
+@pytest.mark.parametrize("kind", [VQ, EMAVQ])
+def test_a_codebook_that_has_started_does_not_make_torch_compile_its_step_twice(kind, init):
+    quantizer, h = kind(codebook_size=5, code_dim=4, init=init), torch.randn(2, 4, 3, 3, requires_grad=True)
+    if init == "kmeans":
+        started = copy.deepcopy(quantizer)
+        train_step(started, h)
+        quantizer.load_state_dict(started.state_dict())
+    torch._dynamo.reset()
+    compiled = torch.compile(quantizer, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            train_step(compiled, h)
+
+
+def test_weights_without_values_can_be_loaded_into_a_codebook_on_the_meta_device():
+    with torch.device("meta"):
+        quantizer = VQ(codebook_size=5, code_dim=4)
+    quantizer.load_state_dict(quantizer.state_dict(), assign=True)
+    assert quantizer.codebook.is_meta
+
+
 def test_every_depth_starts_from_its_own_residuals_and_moves_after_the_step():
     quantizer = Residual(depth=3, codebook_size=4, code_dim=4)
     h = 100 + features(quantizer, batch=16)

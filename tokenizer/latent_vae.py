@@ -280,24 +280,27 @@ class LatentVAE(Tokenizer):
         num_draws = self.config.num_draws
         trained = self.objective(*(rows.repeat_interleave(num_draws, dim=0) for rows in inputs), step=step)
         self._kl_weight = self.kl_weight(step)
-        self._remember(trained)
         decay = self.config.weight_decay / 2 * torch.stack([w.square().sum() for w in self.decayed_weights()]).sum()
-        return TokenizerOutput(
+        output = TokenizerOutput(
             self.likelihood.mean(trained.decoded.params[::num_draws].detach()),
             tuple(code[::num_draws] for code in trained.codes),
             {**trained.losses, "weight_decay": decay},
         )
+        local = {name: (group.kl.detach().mean(), group.num_dims) for name, group in trained.decoded.local.items()}
+        self._local_groups = set(local)
+        # Never compiled, since CUDA graphs write each step's results over those of the step before; last, so that the
+        # graph is not broken in two. As a decorator it would import torch's compiler together with this package.
+        torch.compiler.disable(self._remember)({**trained.nats, **local})
+        return output
 
     def decayed_weights(self) -> list[nn.Parameter]:
         """What weight decay applies to."""
         return self.network.decayed_weights()
 
     @torch.no_grad()
-    def _remember(self, trained: Trained) -> None:
+    def _remember(self, of_batch: dict[str, tuple[Tensor, int]]) -> None:
         """Follows what each group of latents carries, for `complaints`."""
-        local = {name: (group.kl.mean(), group.num_dims) for name, group in trained.decoded.local.items()}
-        self._local_groups = set(local)
-        for name, (nats, num_latents) in {**trained.nats, **local}.items():
+        for name, (nats, num_latents) in of_batch.items():
             known = self.nats_by_group.get(name, (nats.float(), num_latents))[0]
             self.nats_by_group[name] = (torch.lerp(known, nats.detach().float(), 0.02), num_latents)
 
@@ -313,7 +316,8 @@ class LatentVAE(Tokenizer):
         """Parameters of p(x | z); for the bernoulli likelihood the mean image's logits are added to the decoder's."""
         decoded = self.network.decode(latents.to(self.mean_image.dtype), features, noise)
         if self.likelihood.num_values == 2:
-            decoded = decoded._replace(params=decoded.params + self.mean_image.clamp(0.001, 0.999).logit())
+            # Not by _replace, whose result torch.compile (2.11) cannot carry over a break of the graph
+            decoded = Decoded(decoded.params + self.mean_image.clamp(0.001, 0.999).logit(), decoded.local)
         return decoded
 
     def check_encoded(self, *parameters: Tensor) -> None:

@@ -43,8 +43,9 @@ class CodebookQuantizer(Quantizer):
         self.init = init
         self.register_buffer("initialized", torch.tensor(init == "normal"))
         # A copy of `initialized` that costs no device synchronisation; False means "look at the buffer".
-        self._known_initialized = False
-        self.register_load_state_dict_post_hook(_forget_initialized)
+        # Settled before the first training step where it can be: torch.compile would break its graph there to look.
+        self._known_initialized = init == "normal"
+        self.register_load_state_dict_post_hook(_look_whether_initialized)
 
     def embed(self, codes: Codes) -> Tensor:
         (codes,) = codes
@@ -163,8 +164,8 @@ def _map_shape(h: Tensor) -> tuple[int, int, int]:
     return h.shape[0], *h.shape[2:]
 
 
-def _forget_initialized(module: CodebookQuantizer, incompatible_keys) -> None:
-    module._known_initialized = False
+def _look_whether_initialized(module: CodebookQuantizer, incompatible_keys) -> None:
+    module._known_initialized = not module.initialized.is_meta and bool(module.initialized)
 
 
 @torch.no_grad()

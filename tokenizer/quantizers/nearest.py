@@ -42,16 +42,17 @@ class Search:
 
     def __init__(self, codebook: Tensor):
         codebook = codebook.detach().float()
+        # |x - w|^2 / 2 = |x|^2 / 2 + (|w|^2 / 2 - x.w), and the first term is the same for every entry w.
+        self.codebook = codebook.contiguous(), codebook.square().sum(dim=1) / 2
+        self.fused = _fused_search() if codebook.device.type == FUSED_DEVICE else None
+        if self.fused is not None:
+            return
         self.on_cpu = codebook.device.type == "cpu"
         self.columns = min(CPU_COLUMNS, len(codebook)) if self.on_cpu else len(codebook)
         self.rows = max(1, (CPU_TILE * torch.get_num_threads() if self.on_cpu else DEVICE_TILE) // self.columns)
-        # |x - w|^2 / 2 = |x|^2 / 2 + (|w|^2 / 2 - x.w), and the first term is the same for every entry w.
-        half_squares = codebook.square().sum(dim=1) / 2
-        self.codebook = codebook.contiguous(), half_squares
         if self.on_cpu:
             self.vectors = codebook.new_empty(0, codebook.shape[1] + 1)
         self.tile = codebook.new_empty(0)
-        self.fused = _fused_search() if codebook.device.type == FUSED_DEVICE else None
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """(N,) int64 from (N, D)."""
