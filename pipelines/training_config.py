@@ -33,7 +33,8 @@ class TrainingConfig:
         ema_decay: decay of the running average of the weights, which is what is evaluated and saved; 0 turns it off.
         mixed_precision: "no", "fp16" or "bf16"; null (None in Python) takes what accelerate was launched with.
         compile: compile the model with torch.compile, which needs a C++ compiler.
-        compile_mode: torch.compile's own; reduce-overhead replays small models from CUDA graphs.
+        compile_mode: torch.compile's own; reduce-overhead replays small models from CUDA graphs, as max-autotune does,
+            and both need gradient_accumulation_steps = 1.
         seed: seed of weights, data order and noise.
         num_workers: processes that load data beside each training process.
         log_every: steps between lines of the log.
@@ -93,3 +94,11 @@ class TrainingConfig:
             raise ValueError(f"training.adam_eps must be above 0, got {self.adam_eps}")
         if not self.learning_rate > 0:
             raise ValueError(f"training.learning_rate must be above 0, got {self.learning_rate}")
+        by_graphs = self.compile and self.compile_mode in ("reduce-overhead", "max-autotune")
+        if by_graphs and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"training.compile_mode {self.compile_mode} replays CUDA graphs, and the graph of a micro-batch "
+                "overwrites what the one before it left for the optimizer step, but "
+                f"training.gradient_accumulation_steps is {self.gradient_accumulation_steps}; "
+                "take compile_mode default or max-autotune-no-cudagraphs, or 1 micro-batch"
+            )

@@ -15,10 +15,10 @@ from torch import Tensor
 from prior.gpt_cuda_decoder import Layer
 
 # Attention has a program per image and head, and each thread loads this many elements of keys and as many of values at
-# a time: 4 x 16 bytes of either in bfloat16, which fits its registers. Where programs are fewer than some for each of a
-# GPU's 132 multiprocessors, waiting for memory is what takes the time, and more threads wait fewer times. Not tuned on
-# a device.
-ELEMENTS, FEW_PROGRAMS = 32, 256
+# a time, 2 x 16 bytes of either in bfloat16. Where programs are fewer than a few for each of a GPU's multiprocessors,
+# waiting for memory is what takes the time, and more threads wait fewer times. Measured on an H200.
+ELEMENTS, NUM_WARPS = 16, 2
+FEW_PROGRAMS, NUM_WARPS_OF_FEW = 256, 4
 COLUMNS = 1024  # of the feed-forward layer, for each program: 16 bytes of bfloat16 for each thread
 FEW_ROWS = 8  # up to which a layer's products are read as `project` does
 
@@ -70,7 +70,7 @@ def attend(projected: Tensor, rotations: Tensor | None, place: Tensor, keys: Ten
     batch, num_heads, num_places, head_dim = keys.shape
     mixed = projected.new_empty(batch, num_heads * head_dim)
     padded_dim = triton.next_power_of_2(head_dim)
-    num_warps = 16 if batch * num_heads < FEW_PROGRAMS else 4
+    num_warps = NUM_WARPS_OF_FEW if batch * num_heads < FEW_PROGRAMS else NUM_WARPS
     num_slots = max(1, num_warps * 32 * ELEMENTS // padded_dim)
     _attend[(batch * num_heads,)](
         projected, rotations, place, keys, values, mixed, num_places, num_heads, head_dim, padded_dim, num_slots,

@@ -268,7 +268,7 @@ def compiled(kernel, types, constants, num_warps=4):
 
 tensors = dict.fromkeys(("projected", "keys", "values", "mixed"), "*bf16") | {"place": "*i64", "num_places": "i32"}
 sizes = {"rotations": None, "num_heads": 12, "head_dim": 64, "padded_dim": 64, "scale": 0.18}
-for num_warps in (4, 16):
+for num_warps in (gpt_triton.NUM_WARPS, gpt_triton.NUM_WARPS_OF_FEW):
     slots = num_warps * gpt_triton.ELEMENTS * 32 // 64
     text = compiled(gpt_triton._attend, tensors, sizes | {"num_slots": slots}, num_warps)
     loop = re.search(r"\n(\S+):[^\n]*\.lr\.ph.*?bra\s+\1", text, re.DOTALL)[0]
@@ -291,6 +291,6 @@ def test_the_compiled_kernels_load_16_bytes_at_a_time_and_wait_for_no_other_thre
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     wide, loads, others = zip(*(map(int, line.split()) for line in done.stdout.splitlines()))
-    # a thread's 32 elements of keys and of values, 8 at a time; then one load for each tensor, and 8 rows of a weight
-    assert wide == loads == (8, 8, 3, 2, 10)
+    # a thread's 16 elements of keys and of values, 8 at a time; then one load for each tensor, and 8 rows of a weight
+    assert wide == loads == (4, 4, 3, 2, 10)
     assert others == (0, 0, 0, 0, 0)

@@ -161,7 +161,9 @@ tiles, factors = getattr(nearest_triton, sys.argv[1]), sys.argv[2]
 names = ("left", "right", "vectors", "codebook", "half_squares", "codes", "scores")
 types = dict.fromkeys(names, "*fp32") | {"left": factors, "right": factors, "codes": "*i64"}
 types |= dict.fromkeys(("num_vectors", "codebook_size", "columns_of_part"), "i32")
-constants = {"dim": 64, "width": 384 if factors == "*bf16" else 64, "tile_dim": 64, "group": nearest_triton.GROUP}
+dim = 8 if tiles is nearest_triton.NARROW else 64
+width = -(-(6 if factors == "*bf16" else 1) * dim // tiles.depth) * tiles.depth
+constants = {"dim": dim, "width": width, "tile_dim": dim, "group": nearest_triton.GROUP}
 constants |= {"tile_rows": tiles.rows, "tile_columns": tiles.columns, "tile_depth": tiles.depth}
 source = triton.compiler.ASTSource(nearest_triton._search, types | dict.fromkeys(constants, "constexpr"), constants)
 options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}

@@ -22,10 +22,12 @@ SIDES = {64: 4, 4096: 16, 65536: 32}
 # at which memory is measured too
 MEMORY_SIZES = [(64, 16, 8), (65536, 1024, 64), (65536, 16384, 64), (65536, 16384, 256)]
 OURS, FLOOR = "tessera EMA", "floor: bare GEMM"
+# the search of a step, where all else of one takes a GPU less time than the processor takes to start it
+SEARCH, DISTANCES = "part: tessera's search", "part: torch.cdist and argmin, of diffusers"
 # N x K matrices of float32 that a step was found to hold at once; it is timed where they take no more than the largest
 MATRICES = {
     "vector-quantize-pytorch EMA": 6, "vector-quantize-pytorch EMA cosine": 4, "diffusers gradient": 1.75,
-    "rosinality EMA": 4, "taming gradient": 3, "ritheshkumar95 gradient": 2,
+    "rosinality EMA": 4, "taming gradient": 3, "ritheshkumar95 gradient": 2, DISTANCES: 1.75,
 }  # fmt: skip
 LARGEST_GB, LARGEST_GB_ON_GPU = 8, 40
 
@@ -159,6 +161,16 @@ def floor(problem: Problem) -> Callable:
     return run
 
 
+def search(problem: Problem) -> Callable:
+    vectors, codebook = problem.vectors(), problem.codebook
+    return lambda: nearest(vectors, codebook)
+
+
+def distances(problem: Problem) -> Callable:
+    vectors, codebook = problem.vectors(), problem.codebook
+    return lambda: torch.cdist(vectors, codebook).argmin(dim=1)
+
+
 def build(name: str, size: tuple[int, int, int], folder: str | None = None) -> Callable:
     """The train step called `name`; at the top level of a module, so that a process of its own can make it."""
     problem = Problem(*size)
@@ -168,6 +180,8 @@ def build(name: str, size: tuple[int, int, int], folder: str | None = None) -> C
         "vector-quantize-pytorch EMA cosine": lambda p: vector_quantize_pytorch(p, cosine=True),
         "diffusers gradient": diffusers,
         FLOOR: floor,
+        SEARCH: search,
+        DISTANCES: distances,
     }
     if folder is None:
         return makers[name](problem)
@@ -220,9 +234,8 @@ def run(report: Report, peers: Peers, clock: Clock, rounds: int, sizes: str, mem
             continue
         matrix_gb = size[0] * size[1] * 4 / 1e9
         largest = LARGEST_GB_ON_GPU if clock.on_gpu else LARGEST_GB
-        candidates = {
-            name: folder for name, folder in names(peers).items() if MATRICES.get(name, 0) * matrix_gb <= largest
-        }
+        found = names(peers) | (dict.fromkeys((SEARCH, DISTANCES)) if clock.on_gpu else {})
+        candidates = {name: folder for name, folder in found.items() if MATRICES.get(name, 0) * matrix_gb <= largest}
         with torch.device(clock.device):
             steps = {name: build(name, size, folder) for name, folder in candidates.items()}
             case.checks = exactness(size)

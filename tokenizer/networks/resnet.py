@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.networks.factor import num_halvings
@@ -59,7 +58,7 @@ class ResNet:
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1), *self._middle(channels)]
         for level, width in enumerate(widths):
             if level > 0:
-                layers += [_Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1)]
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1)]
             layers += self._blocks(channels, width, self.num_residual_blocks + 1)
             channels = width
         return nn.Sequential(*layers, *self._head(channels, out_channels))
@@ -84,44 +83,7 @@ class ResNet:
 
 
 def _norm(channels: int, num_groups: int) -> nn.GroupNorm:
-    return _GroupNorm(math.gcd(num_groups, channels), channels, eps=1e-6)
-
-
-def _lays_out(x: Tensor) -> bool:
-    """Whether operations had better be written so that their results are laid out in memory as x is.
-
-    torch.compile rewrites torch's own into ones whose results, or gradients, have the channels first; a GPU then copies
-    them before and after each convolution, which for a VQGAN takes a quarter of a training step.
-    """
-    return torch.compiler.is_compiling() and x.device.type != "cpu"
-
-
-class _GroupNorm(nn.GroupNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.by_channel(x) if _lays_out(x) else super().forward(x)
-
-    def by_channel(self, x: Tensor) -> Tensor:
-        """The same from each channel's mean and variance, which a group's are made of."""
-        x = x.float()
-        variances, means = (
-            moment.unflatten(1, (self.num_groups, -1)) for moment in torch.var_mean(x, dim=(2, 3), correction=0)
-        )
-        mean = means.mean(dim=2, keepdim=True)
-        variance = (variances + (means - mean).square()).mean(dim=2, keepdim=True)
-        scale = self.weight.unflatten(0, (self.num_groups, -1)) * torch.rsqrt(variance + self.eps)
-        shift = self.bias.unflatten(0, (self.num_groups, -1)) - mean * scale
-        return (x * scale.flatten(1)[..., None, None] + shift.flatten(1)[..., None, None]).to(self.weight.dtype)
-
-
-class _Upsample(nn.Upsample):
-    """Each number twice per axis."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.by_repetition(x) if _lays_out(x) else super().forward(x)
-
-    def by_repetition(self, x: Tensor) -> Tensor:
-        """The same, with a sum for a gradient, where torch.compile has that of torch's add into memory one by one."""
-        return repeat(x.movedim(1, -1), "b h w c -> b (h 2) (w 2) c").movedim(-1, 1)
+    return nn.GroupNorm(math.gcd(num_groups, channels), channels, eps=1e-6)
 
 
 class _ResidualBlock(nn.Module):

@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
 
 
 # Measured on an H200; few channels, many, and where there are no tensor cores for bfloat16
-NARROW, WIDE, FLOAT32 = Tiles(64, 128, 64, 4, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 16, 4, 2)
+NARROW, WIDE, FLOAT32 = Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 16, 4, 2)
 WIDTH_OF_NARROW = 64
 
 
@@ -157,15 +157,19 @@ def _search(
     largest = tl.full((tile_rows, lanes), float("-inf"), tl.float32)
     start = tl.program_id(1) * columns_of_part
     tile_of_largest = tl.full((tile_rows, lanes), 0, tl.int32) + start
+    if width == tile_depth:  # few channels: those of the vectors stay where they are
+        left_tile = tl.load(left_starts, mask=inside[:, None], other=0.0)
     for first in range(start, min(start + columns_of_part, codebook_size), tile_columns):
         columns = first + tl.arange(0, tile_columns)
         known = columns < codebook_size
         right_starts = right + columns.to(tl.int64)[None, :] * width + channels[:, None]
         products = tl.zeros((tile_rows, tile_columns), tl.float32)
         for channel in range(0, width, tile_depth):
-            x = tl.load(left_starts + channel, mask=inside[:, None], other=0.0)
-            w = tl.load(right_starts + channel, mask=known[None, :], other=0.0)
-            products = tl.dot(x, w, acc=products, input_precision="ieee")  # TF32 would find other entries
+            if width != tile_depth:
+                left_tile = tl.load(left_starts + channel, mask=inside[:, None], other=0.0)
+            right_tile = tl.load(right_starts + channel, mask=known[None, :], other=0.0)
+            # TF32 would find other entries
+            products = tl.dot(left_tile, right_tile, acc=products, input_precision="ieee")
         tile_scores = products - tl.load(half_squares + columns, mask=known, other=float("inf"))[None, :]
         best = tl.max(tl.reshape(tile_scores, (tile_rows, lanes, group)), axis=2)
         nearer = best > largest  # strictly: of equal ones the first is kept
