@@ -698,7 +698,9 @@ def test_training_under_bf16_autocast_keeps_weights_and_codebook_in_float32(mode
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_micro_batches_are_not_replayed_from_graphs(mode):
-    with pytest.raises(ValueError, match=f"compile_mode {mode} .* gradient_accumulation_steps is 2; take compile_mode default"):
+    with pytest.raises(
+        ValueError, match=f"compile_mode {mode} .*gradient_accumulation_steps is 2; take compile_mode default"
+    ):
         TrainingConfig(compile=True, compile_mode=mode, gradient_accumulation_steps=2)
     TrainingConfig(compile=True, compile_mode=mode)
     TrainingConfig(compile_mode=mode, gradient_accumulation_steps=2)
