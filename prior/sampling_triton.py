@@ -21,7 +21,7 @@ def fused_draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(logits):  # a kernel starts on the current device, not on that of its arguments
         _draw[(batch,)](
             logits, uniform, codes, totals, logits.stride(0), uniform.stride(0), num_codes, padded,
-            num_warps=min(16, max(1, padded // 1024)),
+            num_warps=min(16, max(1, padded // 1024)), enable_fp_fusion=True,
         )  # fmt: skip
     return codes, totals
 

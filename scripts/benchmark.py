@@ -83,15 +83,16 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     peers, clock = Peers(arguments.peer), Clock(arguments.threads, arguments.device)
-    report = Report(arguments.benchmark, peers, clock, arguments.rounds, arguments.memory_limit_gb, arguments.only)
+    limit, folder = arguments.memory_limit_gb, arguments.output
+    report = Report(arguments.benchmark, peers, clock, arguments.rounds, limit, arguments.only, folder)
     module = importlib.import_module(f"benchmarks.{arguments.benchmark}")
-    module.run(report, peers, clock, arguments.rounds, arguments.sizes, arguments.memory_limit_gb)
+    module.run(report, peers, clock, arguments.rounds, arguments.sizes, limit)
     if not report.cases:
         titles = ", ".join(f"'{title}'" for title in report.titles)
         raise ValueError(
             f"no case of {arguments.benchmark} has '{arguments.only}' in its title; its cases are {titles}"
         )
-    report.write(arguments.output)
+    report.write(folder)
 
 
 def check_gpu(benchmark: str) -> None:

@@ -321,6 +321,17 @@ def test_tables_say_time_ratio_and_memory(report, tmp_path):
     assert "- mismatches: 0" in lines
 
 
+def test_a_run_that_is_stopped_leaves_the_cases_that_it_had(tmp_path):
+    report = Report("made-up", Peers([]), Clock(1), rounds=1, memory_gb=1.0, folder=tmp_path / "new")
+    unfinished = tmp_path / "new" / "made-up.unfinished.json"
+    for number in (1, 2):
+        report.add(Case({"number": number}, checks={"seconds": 1.5}))
+        assert len(json.loads(unfinished.read_text())["cases"]) == number
+    report.write(tmp_path / "new")
+    assert json.loads(unfinished.with_name("made-up.json").read_text())["cases"][1]["parameters"] == {"number": 2}
+    assert not unfinished.exists()
+
+
 def test_results_of_a_gpu_bear_its_name():
     machine = {"cpu": "a CPU", "threads": 2}
     assert place({"machine": machine, "clock": "wall time"}) == "a CPU, wall time of 2 thread(s)"

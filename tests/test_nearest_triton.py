@@ -51,10 +51,11 @@ def fused_here(monkeypatch):
     rows=st.sampled_from([16, 32]),
     tensor_cores=st.booleans(),
     num_programs=st.integers(1, 12),
+    most_numbers=st.sampled_from([1, 200, 2**24]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_whole_numbers_have_the_codes_of_the_cpu_ties_included(
-    num_vectors, codebook_size, dim, largest, rows, tensor_cores, num_programs, seed
+    num_vectors, codebook_size, dim, largest, rows, tensor_cores, num_programs, most_numbers, seed
 ):
     generator = torch.Generator().manual_seed(seed)
     # exact in float32, in any order; the small ones tie often
@@ -65,6 +66,7 @@ def test_whole_numbers_have_the_codes_of_the_cpu_ties_included(
             patch.setattr(nearest_triton, name, getattr(nearest_triton, name)._replace(rows=rows, columns=16, depth=16))
         patch.setattr(nearest_triton, "_has_bfloat16", lambda device: tensor_cores)
         patch.setattr(nearest_triton, "_num_programs", lambda device: num_programs)
+        patch.setattr(nearest_triton, "MOST_NUMBERS", most_numbers)
         codes = fused(vectors, codebook)
     assert torch.equal(codes, nearest(vectors, codebook))
 

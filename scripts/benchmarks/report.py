@@ -69,10 +69,21 @@ class Report:
         rounds: paired measurements per case.
         memory_gb: limit of the processes in which memory was measured.
         only: text that the titles of the cases must contain; it becomes a part of the files' name.
+        folder: where the cases so far are kept in NAME.unfinished.json, for a run that is stopped; None keeps none.
     """
 
-    def __init__(self, benchmark: str, peers: Peers, clock: Clock, rounds: int, memory_gb: float, only: str = ""):
-        self.benchmark, self.only, self.device = benchmark, only, clock.device
+    def __init__(
+        self,
+        benchmark: str,
+        peers: Peers,
+        clock: Clock,
+        rounds: int,
+        memory_gb: float,
+        only: str = "",
+        folder: Path | None = None,
+    ):
+        self.name = "-".join([benchmark, *only.split(), *[clock.device] * (clock.device != "cpu")])
+        self.benchmark, self.only, self.folder = benchmark, only, folder
         self.cases: list[Case] = []
         self.titles: list[str] = []
         self.head = {
@@ -100,20 +111,26 @@ class Report:
             print("  " + line)
         for what, value in case.checks.items():
             print(f"  {what}: {value:.4g}")
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(self.folder / f"{self.name}.unfinished.json", self.results())
+
+    def results(self) -> dict:
+        return {**self.head, "cases": [asdict(case) for case in self.cases]}
 
     def write(self, folder: Path) -> None:
         """NAME.json, NAME.md and, where matplotlib is installed, NAME.png."""
         folder.mkdir(parents=True, exist_ok=True)
-        name = "-".join([self.benchmark, *self.only.split(), *[self.device] * (self.device != "cpu")])
-        write_json_atomic(folder / f"{name}.json", {**self.head, "cases": [asdict(case) for case in self.cases]})
-        with atomic_file(folder / f"{name}.md") as file:
+        write_json_atomic(folder / f"{self.name}.json", self.results())
+        with atomic_file(folder / f"{self.name}.md") as file:
             file.write(self.markdown().encode())
         try:
             from benchmarks.chart import draw
         except ModuleNotFoundError:
             print("no chart: pip install 'tessera-codes[bench]'")
         else:
-            draw(self, folder / f"{name}.png")
+            draw(self, folder / f"{self.name}.png")
+        (folder / f"{self.name}.unfinished.json").unlink(missing_ok=True)
 
     def markdown(self) -> str:
         head = self.head

@@ -30,6 +30,8 @@ class Tiles(NamedTuple):
 # Measured on an H200; few channels, many, and where there are no tensor cores for bfloat16
 NARROW, WIDE, FLOAT32 = Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 16, 4, 2)
 WIDTH_OF_NARROW = 64
+# Of vectors that are split at a time, which takes three times their memory
+MOST_NUMBERS = 2**24
 
 
 def fused_nearest(vectors: Tensor, codebook: Tensor, half_squares: Tensor) -> Tensor:
@@ -46,26 +48,34 @@ def fused_nearest(vectors: Tensor, codebook: Tensor, half_squares: Tensor) -> Te
     Returns:
         (N,) int64 in [0, K), also where distances are not numbers.
     """
-    (num_vectors, dim), codebook_size = vectors.shape, len(codebook)
     codes = _empty_codes(vectors, codebook, half_squares)
-    if num_vectors == 0:
+    if len(vectors) == 0:
         return codes
+    at_once = max(1, MOST_NUMBERS // vectors.shape[1])
     with torch.cuda.device_of(vectors):  # a kernel starts on the current device, not on that of its arguments
-        left, right, tiles = _factors(vectors, codebook)
-        num_rows, num_columns = triton.cdiv(num_vectors, tiles.rows), triton.cdiv(codebook_size, tiles.columns)
-        # few vectors leave a GPU idle unless several programs share the codebook
-        columns = triton.cdiv(num_columns, max(1, _num_programs(vectors.device) // num_rows)) * tiles.columns
-        num_parts = triton.cdiv(codebook_size, columns)
-        found = codes if num_parts == 1 else codes.new_empty(num_parts, num_vectors)
-        scores = vectors.new_empty(found.shape)
-        _search[(num_rows, num_parts)](
-            left, right, vectors, codebook, half_squares, found, scores, num_vectors, codebook_size, columns,
-            dim, left.shape[1], tiles.rows, tiles.columns, tiles.depth, min(64, triton.next_power_of_2(dim)), GROUP,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
-        if num_parts > 1:
-            _choose[(triton.cdiv(num_vectors, 256),)](found, scores, codes, num_vectors, num_parts, 256)
+        tiles = _tiles(vectors)
+        right = _factors(codebook, ENTRY_PARTS, tiles)
+        for some, found in zip(vectors.split(at_once), codes.split(at_once)):
+            _search_some(_factors(some, VECTOR_PARTS, tiles), right, some, codebook, half_squares, found, tiles)
     return codes
+
+
+def _search_some(left, right, vectors, codebook, half_squares, codes, tiles) -> None:
+    (num_vectors, dim), codebook_size = vectors.shape, len(codebook)
+    num_rows, num_columns = triton.cdiv(num_vectors, tiles.rows), triton.cdiv(codebook_size, tiles.columns)
+    # few vectors leave a GPU idle unless several programs share the codebook
+    columns = triton.cdiv(num_columns, max(1, _num_programs(vectors.device) // num_rows)) * tiles.columns
+    num_parts = triton.cdiv(codebook_size, columns)
+    found = codes if num_parts == 1 else codes.new_empty(num_parts, num_vectors)
+    scores = vectors.new_empty(found.shape)
+    _search[(num_rows, num_parts)](
+        left, right, vectors, codebook, half_squares, found, scores, num_vectors, codebook_size, columns,
+        dim, left.shape[1], tiles.rows, tiles.columns, tiles.depth, min(64, triton.next_power_of_2(dim)), GROUP,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if num_parts > 1:
+        grid = (triton.cdiv(num_vectors, 256),)
+        _choose[grid](found, scores, codes, num_vectors, num_parts, 256, enable_fp_fusion=True)
 
 
 def _empty_codes(vectors: Tensor, codebook: Tensor, half_squares: Tensor) -> Tensor:
@@ -78,15 +88,18 @@ torch.library.impl("tessera::nearest", "default", fused_nearest)
 torch.library.register_fake("tessera::nearest", _empty_codes)
 
 
-def _factors(vectors: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tiles]:
-    """What is multiplied: (N, width) and (K, width), whose rows' products are those of vectors and entries."""
-    if _has_bfloat16(vectors.device):
-        narrow = len(VECTOR_PARTS) * vectors.shape[1] <= WIDTH_OF_NARROW
-        tiles = _fitting(NARROW if narrow else WIDE, vectors.device)
-        return _split(vectors, VECTOR_PARTS, tiles.depth), _split(codebook, ENTRY_PARTS, tiles.depth), tiles
-    padding = -vectors.shape[1] % FLOAT32.depth
-    left, right = (torch.nn.functional.pad(matrix, (0, padding)) for matrix in (vectors, codebook))
-    return left, right, FLOAT32
+def _tiles(vectors: Tensor) -> Tiles:
+    if not _has_bfloat16(vectors.device):
+        return FLOAT32
+    narrow = len(VECTOR_PARTS) * vectors.shape[1] <= WIDTH_OF_NARROW
+    return _fitting(NARROW if narrow else WIDE, vectors.device)
+
+
+def _factors(matrix: Tensor, parts: tuple[int, ...], tiles: Tiles) -> Tensor:
+    """(N, width) from vectors or entries (N, D): what is multiplied, so that products of rows are those of both."""
+    if _has_bfloat16(matrix.device):
+        return _split(matrix, parts, tiles.depth)
+    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % tiles.depth))
 
 
 def _has_bfloat16(device: torch.device) -> bool:
@@ -115,7 +128,8 @@ def _split(matrix: Tensor, parts: tuple[int, ...], depth: int) -> Tensor:
     # tuples are no constants for every version of Triton
     order = sum(part * 4**place for place, part in enumerate(parts))
     grid = (triton.cdiv(matrix.numel(), 1024),)
-    _write_parts[grid](matrix, pieces, matrix.numel(), matrix.shape[1], padded, len(parts), order, 1024)
+    sizes = (matrix.numel(), matrix.shape[1], padded, len(parts), order, 1024)
+    _write_parts[grid](matrix, pieces, *sizes, enable_fp_fusion=True)
     return pieces
 
 
