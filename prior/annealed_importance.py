@@ -4,6 +4,7 @@ Letters: R chains, n1 and n2 units of the left and right side, T temperatures.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prior.base import silent
 from prior.boltzmann_samplers import BitDrawer, Boltzmann
 
 # Sums over the states of a side are taken up to 2^16 of them
@@ -99,7 +101,13 @@ def negative_free_energy(parameters: Boltzmann, left: Tensor) -> Tensor:
 
 
 def estimated_log_partition(
-    parameters: Boltzmann, left: Tensor, right: Tensor, *, num_temperatures: int, generator: torch.Generator
+    parameters: Boltzmann,
+    left: Tensor,
+    right: Tensor,
+    *,
+    num_temperatures: int,
+    generator: torch.Generator,
+    callback: Callable[[int, int], None] = silent,
 ) -> LogPartition:
     """log Z by annealed importance sampling (Neal 2001; Salakhutdinov & Murray 2008), forwards and backwards.
 
@@ -111,6 +119,7 @@ def estimated_log_partition(
         left, right: samples of the model (R, n1), (R, n2); as many chains are annealed in each direction.
         num_temperatures: evenly spaced inverse temperatures from 0 (the base) to 1 (the model).
         generator: on the parameters' device.
+        callback: called as callback(done, total) after each temperature.
     """
     if len(parameters.left_bias) > len(parameters.right_bias):
         parameters, left, right = parameters.transposed(), right, left
@@ -120,8 +129,13 @@ def estimated_log_partition(
 
     start = torch.empty_like(left)
     BitDrawer(*left.shape, left, generator).draw_(base_left.expand_as(left).clone(), out=start)
-    forward = annealed_log_weights(parameters, base_left, base_right, start, times, generator)
-    backward = annealed_log_weights(parameters, base_left, base_right, left, times[::-1], generator)
+    each = num_temperatures - 1
+    forward, backward = (
+        annealed_log_weights(
+            parameters, base_left, base_right, state, path, generator, lambda done, of=of: callback(of + done, 2 * each)
+        )
+        for state, path, of in ((start, times, 0), (left, times[::-1], each))
+    )
 
     lower = base_log_partition + log_mean_exp(forward)
     upper = base_log_partition - log_mean_exp(backward)
@@ -138,6 +152,7 @@ def annealed_log_weights(
     left: Tensor,
     times: list[float],
     generator: torch.Generator | None = None,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
     """(R,) float64 log importance weights of chains that move along p_t(z) ~ base(z)^(1-t) model(z)^t.
 
@@ -147,13 +162,14 @@ def annealed_log_weights(
         left: states (R, n1) drawn from p_t at the first of `times`; they are not changed.
         times: t, from 0 up to 1 or from 1 down to 0.
         generator: None is torch's global one.
+        advance: called with the number of steps done, after each.
     """
     weight, left_bias, right_bias = parameters
     left, right = left.clone(), left.new_empty(len(left), len(right_bias))
     field, right_logits, left_logits = torch.empty_like(right), torch.empty_like(right), torch.empty_like(left)
     bits = BitDrawer(len(left), max(weight.shape), left, generator)
     log_weights = torch.zeros(len(left), dtype=torch.float64, device=left.device)
-    for before, after in pairwise(times):
+    for done, (before, after) in enumerate(pairwise(times), start=1):
         # log p_after(left) - log p_before(left), with the right side summed out, before the chains move: their order
         # matters, for the weights to be unbiased
         torch.addmm(right_bias - base_right, left, weight, out=field)
@@ -166,6 +182,7 @@ def annealed_log_weights(
         bits.draw_(right_logits, out=right)
         torch.addmm(torch.lerp(base_left, left_bias, after), right, weight.T, alpha=after, out=left_logits)
         bits.draw_(left_logits, out=left)
+        advance(done)
     return log_weights
 
 

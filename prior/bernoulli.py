@@ -1,13 +1,14 @@
 """Independent bits with learned probabilities: the factorial prior of DVAE++'s first table."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prior.annealed_importance import LogPartition
-from prior.base import Codes, Sampled
+from prior.base import Codes, Sampled, silent
 from prior.bits import (
     BitPrior,
     BitPriorConfig,
@@ -53,7 +54,7 @@ class Bernoulli(BitPrior):
         return F.softplus(self.logits).sum()
 
     @torch.no_grad()
-    def log_partition(self) -> LogPartition:
+    def log_partition(self, callback: Callable[[int, int], None] = silent) -> LogPartition:
         value = F.softplus(self.logits.double()).sum().item()
         return LogPartition(value, value, 0.0, math.inf, exact=True)
 

@@ -1,13 +1,14 @@
 """Codes as bits, and what priors over bits have in common: two sides of units and an energy."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prior.annealed_importance import LogPartition
-from prior.base import Codes, CodeSpec, Prior, PriorConfig
+from prior.base import Codes, CodeSpec, Prior, PriorConfig, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class BitPrior(Prior):
         """A scalar whose gradient is, or estimates, that of log Z; to be called once per training step."""
 
     @abstractmethod
-    def log_partition(self) -> LogPartition:
-        """log Z in nats, of the present parameters, with its error."""
+    def log_partition(self, callback: Callable[[int, int], None] = silent) -> LogPartition:
+        """log Z in nats, of the present parameters, with its error; calls callback(done, total) if that takes long."""
 
     @property
     def energy_dtype(self) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Restricted Boltzmann machine over the bits of codes, learned with a tokenizer or from codes on disk."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prior.annealed_importance import LARGEST_SUM, LogPartition, estimated_log_partition, exact_log_partition
-from prior.base import Codes, check_positive
+from prior.base import Codes, check_positive, silent
 from prior.bits import BitPrior, BitPriorConfig, bits_to_codes, codes_to_bits, mask_to_bits
 from prior.boltzmann_samplers import BlockGibbs, Boltzmann, exchange_temperatures, reweight_population
 from prior.sampling import NOT_NUMBERS
@@ -279,10 +280,11 @@ class RBM(BitPrior):
         return min(self.num_left, self.num_right) > LARGEST_SUM
 
     @torch.no_grad()
-    def log_partition(self) -> LogPartition:
+    def log_partition(self, callback: Callable[[int, int], None] = silent) -> LogPartition:
         """log Z of the present parameters, computed anew only where they or an estimate's sizes have changed.
 
-        Estimates take seconds. They use a seed of their own and the present chains, without moving them.
+        Estimates take seconds, in which callback(done, total) is called as they advance. They use a seed of their own
+        and the present chains, without moving them.
 
         Raises:
             ValueError: a size of an estimate that was set below its least.
@@ -293,17 +295,24 @@ class RBM(BitPrior):
         sizes = () if exact else (self.burn_in, self.ais_chains, self.ais_temperatures)
         if self._cached is None or self._cached[1] != sizes or not _equal(parameters, self._cached[0]):
             with torch.autocast(self.weight.device.type, enabled=False):
-                value = exact_log_partition(parameters) if exact else self._estimated_log_partition(parameters)
+                value = (
+                    exact_log_partition(parameters) if exact else self._estimated_log_partition(parameters, callback)
+                )
             self._cached = Boltzmann(*(p.clone() for p in parameters)), sizes, value
         return self._cached[-1]
 
-    def _estimated_log_partition(self, parameters: Boltzmann) -> LogPartition:
+    def _estimated_log_partition(self, parameters: Boltzmann, callback: Callable[[int, int], None]) -> LogPartition:
         generator = torch.Generator(self.chains.device).manual_seed(0)
         rows = torch.arange(self.ais_chains, device=self.chains.device) % len(self.chains)
         gibbs = BlockGibbs(*self._chain_sides(self.chains[rows]), generator=generator)
         gibbs.sweep(parameters, self.burn_in)
         return estimated_log_partition(
-            parameters, gibbs.left, gibbs.right, num_temperatures=self.ais_temperatures, generator=generator
+            parameters,
+            gibbs.left,
+            gibbs.right,
+            num_temperatures=self.ais_temperatures,
+            generator=generator,
+            callback=callback,
         )
 
     # Sampling

@@ -610,7 +610,7 @@ def test_the_bound_of_the_images_is_computed_once_for_all_groups(monkeypatch):
 def test_a_likelihood_without_log_z_is_missing_with_its_reason_and_the_rest_is_there():
     pipeline = make("rbm", quantizer={"type": "lfq", "num_bits": 3})
     partition = LogPartition(1.0, 3.0, 0.1, 5.0, exact=False)
-    pipeline.prior.log_partition = lambda: partition
+    pipeline.prior.log_partition = lambda callback=None: partition
     result = evaluate(pipeline, digits("test"), metrics=["likelihood", "codebook"])
     assert "log Z is not known well enough" in result["not_measured"]["likelihood"]
     assert "bits_per_dim" not in result["metrics"]

@@ -575,6 +575,14 @@ def test_log_z_is_computed_once_for_the_same_parameters_and_touches_nothing():
     assert rbm.log_partition() != first
 
 
+def test_an_estimate_of_log_z_tells_how_far_it_has_come():
+    told = []
+    large().log_partition(lambda done, total: told.append((done, total)))
+    assert told == [(done, 98) for done in range(1, 99)]  # from one of 50 temperatures to the next, both ways
+    make(3, 4, 0.2).log_partition(lambda done, total: told.append(None))
+    assert None not in told  # sums take no time
+
+
 @pytest.mark.parametrize(("name", "value"), [("ais_temperatures", 500), ("ais_chains", 256), ("burn_in", 40)])
 def test_log_z_is_estimated_anew_where_its_sizes_were_raised(name, value):
     rbm = large()

@@ -106,7 +106,7 @@ def log_likelihoods(
     for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    check_prior(pipeline.prior)
+    check_prior(pipeline.prior, progress)
     num_draws = num_draws if pipeline.tokenizer.is_stochastic else 1
     label_of = None
     with suppress(NotMeasurableError):  # p(z), the average over all classes, needs no labels
@@ -146,8 +146,8 @@ def _of_batch(pipeline, images: Tensor, labels: Tensor | None, num_draws: int, a
     return LogLikelihoods(log_sum - math.log(num_draws), *(totals / num_draws))
 
 
-def check_prior(prior: Prior) -> None:
-    """Raises NotMeasurableError where log p(z) cannot be had."""
+def check_prior(prior: Prior, progress: bool = True) -> None:
+    """Raises NotMeasurableError where log p(z) cannot be had; estimates log Z for it, with a bar if `progress`."""
     if prior.conditional_on_text:
         raise NotMeasurableError(
             "log p(x) needs p(z), but this prior is conditional on captions and an average over all captions cannot be "
@@ -159,10 +159,17 @@ def check_prior(prior: Prior) -> None:
             f"{MOST_CLASSES_TO_AVERAGE} are computed; train an unconditional prior for this number"
         )
     if hasattr(prior, "log_partition"):
-        try:
-            prior.log_partition().require()
-        except ValueError as error:
-            raise NotMeasurableError(str(error)) from error
+        options = {"desc": "log Z", "unit": "temperature", "disable": None if progress else True}
+        with tqdm(delay=1, **options) as bar:  # sums take no time
+
+            def advance(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            try:
+                prior.log_partition(advance).require()
+            except ValueError as error:
+                raise NotMeasurableError(str(error)) from error
 
 
 def prior_labels(pipeline, dataset) -> Tensor | None:
