@@ -12,6 +12,7 @@ from prior import gpt, gpt_decoder
 from prior.base import CodeSpec
 from prior.gpt import GPT, Cache, GPTConfig, rotary_table
 from prior.gpt_cuda_decoder import GraphDecoder, StaticDecoder, layer_for
+from tests.gpt_steps import check_steps
 
 
 def make(positions: str, **options) -> GPT:
@@ -21,22 +22,6 @@ def make(positions: str, **options) -> GPT:
     return GPT(GPTConfig(spec=spec, **sizes, **options)).eval()
 
 
-def codes_of(prior: GPT, batch: int) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.randint(size, (batch, *shape)) for size, shape in zip(prior.spec.vocab_sizes, prior.spec.shapes))
-
-
-@torch.no_grad()
-def check(prior: GPT, classes: torch.Tensor) -> None:
-    """Every step's logits against those of `logits`."""
-    codes = codes_of(prior, len(classes))
-    expected = [logits for level in prior.logits(codes, classes) for logits in level.unbind(dim=1)]
-    steps, sent = prior.steps(classes), None
-    for logits, code in zip(expected, prior.spec.flatten(codes).unbind(dim=1)):
-        # float32 sums in another order
-        torch.testing.assert_close(steps.send(sent), logits, atol=1e-5, rtol=1e-4)
-        sent = code
-
-
 @pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])
 @settings(deadline=None, max_examples=40)
 @given(growth=st.integers(1, 20), batch=st.integers(1, 4), rows_that_grow=st.sampled_from([1, 4, 1000]))
@@ -44,7 +29,7 @@ def test_a_cache_that_grows_by_any_length_gives_the_logits_of_the_whole_pass(pos
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpt_decoder, "GROWTH", growth)
         patch.setattr(gpt_decoder, "ROWS_THAT_GROW", rows_that_grow)
-        check(make(positions, num_classes=3), torch.arange(batch) % 3)
+        check_steps(make(positions, num_classes=3), torch.arange(batch) % 3)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +43,7 @@ def test_a_cache_that_grows_by_any_length_gives_the_logits_of_the_whole_pass(pos
 )
 def test_every_form_of_products_gives_the_logits_of_the_whole_pass(intel, batch, form, monkeypatch):
     monkeypatch.setattr(gpt_decoder, "on_intel", lambda: intel)
-    check(make("rotary_2d", num_classes=3, ffn_dim=256), torch.arange(batch) % 3)
+    check_steps(make("rotary_2d", num_classes=3, ffn_dim=256), torch.arange(batch) % 3)
     used = {type(getattr(layer, name)) for layer in decoder(batch).layers for name in ("gate", "up", "down", "out")}
     assert used == {form} or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -67,7 +52,7 @@ def test_every_form_of_products_gives_the_logits_of_the_whole_pass(intel, batch,
 def test_a_prefix_of_several_tokens_reaches_a_cache_that_grows(growth, monkeypatch):
     monkeypatch.setattr(gpt_decoder, "GROWTH", growth)
     monkeypatch.setattr(gpt_decoder, "ROWS_THAT_GROW", 1)
-    check(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5)))
+    check_steps(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5)))
 
 
 def test_places_that_are_not_filled_yet_do_not_count(monkeypatch):
@@ -75,7 +60,7 @@ def test_places_that_are_not_filled_yet_do_not_count(monkeypatch):
     monkeypatch.setattr(gpt_decoder, "ROWS_THAT_GROW", 1)
     torch.use_deterministic_algorithms(True)  # new memory that nobody writes to is full of NaN then
     try:
-        check(make("rotary", num_classes=3), torch.arange(3))
+        check_steps(make("rotary", num_classes=3), torch.arange(3))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -134,19 +119,19 @@ def decode_by(monkeypatch):
 @pytest.mark.parametrize("kind", [StaticDecoder, ReplayedDecoder])
 def test_a_step_of_fixed_shapes_gives_the_logits_of_the_whole_pass(positions, batch, kind, decode_by):
     decode_by(kind)
-    check(make(positions, num_classes=3), torch.arange(batch) % 3)
+    check_steps(make(positions, num_classes=3), torch.arange(batch) % 3)
 
 
 def test_a_step_of_fixed_shapes_goes_on_after_a_caption(decode_by):
     decode_by(StaticDecoder)
-    check(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5)))
+    check_steps(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5)))
 
 
 def test_a_step_of_fixed_shapes_does_not_see_what_memory_held_before(decode_by):
     decode_by(StaticDecoder)
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN then
     try:
-        check(make("rotary", num_classes=3), torch.arange(3))
+        check_steps(make("rotary", num_classes=3), torch.arange(3))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -187,7 +172,7 @@ def test_no_decoder_takes_over_from_layers_with_hooks(kind, decode_by):
     decode_by(kind)
     prior = make("rotary", num_classes=3)
     prior.model.layers[0].mlp.up_proj.register_forward_hook(lambda layer, inputs, output: output + 1)
-    check(prior, torch.arange(3))
+    check_steps(prior, torch.arange(3))
 
 
 class StepsOfGraphs(GraphDecoder):

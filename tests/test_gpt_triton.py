@@ -17,6 +17,7 @@ from prior.base import CodeSpec
 from prior.gpt import GPT, GPTConfig, rotate
 from prior.gpt_cuda_decoder import StaticDecoder, TorchLayer, _by_place, layer_for
 from prior.gpt_triton import FewRowsLayer, FusedLayer, add_norm, attend, project, silu_mul
+from tests.gpt_steps import check_steps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py turns the interpreter on
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -192,26 +193,13 @@ def make(positions: str, **options) -> GPT:
     return GPT(GPTConfig(spec=spec, **sizes, **options)).eval().to(DEVICE)
 
 
-@torch.no_grad()
-def check(prior: GPT, classes: torch.Tensor) -> None:
-    """Every step's logits against those of `logits`."""
-    sizes = zip(prior.spec.vocab_sizes, prior.spec.shapes)
-    codes = tuple(torch.randint(size, (len(classes), *shape), device=DEVICE) for size, shape in sizes)
-    expected = [logits for level in prior.logits(codes, classes) for logits in level.unbind(dim=1)]
-    steps, sent = prior.steps(classes), None
-    for logits, code in zip(expected, prior.spec.flatten(codes).unbind(dim=1)):
-        # float32 sums in another order
-        torch.testing.assert_close(steps.send(sent), logits, atol=1e-5, rtol=1e-4)
-        sent = code
-
-
 @pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])
 @pytest.mark.parametrize("batch", [1, 3])
 @LAYERS
 def test_fused_layers_give_the_logits_of_the_whole_pass(positions, batch, layer, monkeypatch):
     monkeypatch.setattr(gpt, "DECODERS", (decoder_of(layer),))
     monkeypatch.setattr(gpt_triton, "ELEMENTS", 1)
-    check(make(positions, num_classes=3), torch.arange(batch, device=DEVICE))
+    check_steps(make(positions, num_classes=3), torch.arange(batch, device=DEVICE))
 
 
 @LAYERS
@@ -219,7 +207,7 @@ def test_fused_layers_go_on_after_a_caption_and_do_not_see_what_memory_held_befo
     monkeypatch.setattr(gpt, "DECODERS", (decoder_of(layer),))
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN then
     try:
-        check(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5), device=DEVICE))
+        check_steps(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5), device=DEVICE))
     finally:
         torch.use_deterministic_algorithms(False)
 
