@@ -40,7 +40,7 @@ class Layer:
 
     def _joined(self, *projections: nn.Linear) -> Tensor:
         weights = [projection.weight for projection in projections]
-        return (torch.cat(weights) if len(weights) > 1 else weights[0]).to(self.keys.dtype)
+        return (torch.cat(weights) if len(weights) > 1 else weights[0]).to(self.keys.dtype).contiguous()
 
 
 class TorchLayer(Layer):

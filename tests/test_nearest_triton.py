@@ -154,6 +154,13 @@ def test_a_quantizer_is_one_graph_for_torch_compile():
     assert torch.equal(compiled.z, expected.z)
 
 
+@pytest.mark.parametrize(("shared_memory", "num_stages"), [(232448, 4), (101376, 3), (65536, 2), (100, 1)])
+def test_as_many_loads_are_under_way_as_there_is_room_for(shared_memory, num_stages, monkeypatch):
+    assert nearest_triton._shared_memory(torch.device(DEVICE, 0)) > 2**15
+    monkeypatch.setattr(nearest_triton, "_shared_memory", lambda device: shared_memory)
+    assert nearest_triton._fitting(nearest_triton.WIDE, torch.device(DEVICE)).num_stages == num_stages
+
+
 PRODUCTS_OF_A_GPU = """
 import sys
 import triton

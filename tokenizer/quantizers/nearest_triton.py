@@ -114,10 +114,15 @@ def _num_programs(device: torch.device) -> int:
 
 def _fitting(tiles: Tiles, device: torch.device) -> Tiles:
     """With no more loads under way than shared memory has room for."""
+    bytes_of_load = (tiles.rows + tiles.columns) * tiles.depth * 2
+    return tiles._replace(num_stages=max(1, min(tiles.num_stages, _shared_memory(device) // bytes_of_load)))
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have of it; torch tells them since 2.7 alone."""
     if device.type != "cuda":
-        return tiles
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return tiles._replace(num_stages=min(tiles.num_stages, room // ((tiles.rows + tiles.columns) * tiles.depth * 2)))
+        return 2**20
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _split(matrix: Tensor, parts: tuple[int, ...], depth: int) -> Tensor:
