@@ -274,6 +274,7 @@ for text in texts:
 
 
 def test_the_compiled_kernels_load_16_bytes_at_a_time_and_wait_for_no_other_thread_at_each_block(tmp_path):
+    pytest.importorskip("triton", minversion="3.3", reason="the compiler was asked in another way before")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", LOADS_OF_A_GPU]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
