@@ -133,16 +133,22 @@ class PriorLoss(Objective):
         }
 
     def forward(self, batch: dict, step: int | None = None) -> dict[str, Tensor]:
-        codes = tuple(batch["codes"])
-        labels = batch["label"] if self.model.num_classes > 0 else None
-        if self.model.conditional_on_text:
-            labels = batch["text"]
+        codes, labels = self._inputs(batch)
         if self.training:
             return self.model(codes, labels)
         with torch.no_grad():
             nats = -self.model.log_prob(codes, labels)
         bits = {"bits_per_image": nats / math.log(2)} if self.model.spec.is_discrete else {}
         return {"nll": nats / self.model.spec.length, **bits}
+
+    def initialize(self, batch: dict) -> None:
+        self.model.check_inputs(*self._inputs(batch))  # a compiled model looks at no values
+
+    def _inputs(self, batch: dict) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Codes, and what the model is conditional on."""
+        if self.model.conditional_on_text:
+            return tuple(batch["codes"]), batch["text"]
+        return tuple(batch["codes"]), batch["label"] if self.model.num_classes > 0 else None
 
     def summary(self) -> dict[str, float]:
         return {} if self.training else dict(self.references)

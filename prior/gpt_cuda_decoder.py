@@ -1,11 +1,15 @@
 """One token at a time through a GPT's transformer on a GPU, where sampling is bound by starting its many kernels."""
 
 import functools
+from contextlib import suppress
+from itertools import count
 from threading import Lock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from prior.sampling import has_kernels
 
 
 class Layer:
@@ -44,7 +48,7 @@ class Layer:
 
 
 class TorchLayer(Layer):
-    """A `Layer` of torch's operations, about 19 kernels, for where Triton is not installed.
+    """A `Layer` of torch's operations, about 19 kernels, for where Triton's kernels cannot be had.
 
     Attention goes over places that are not filled yet, with a weight of 0.
     """
@@ -158,35 +162,48 @@ class GraphDecoder(StaticDecoder):
         with _RECORDING:
             stream = _recording_stream(self.device)
             stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                logits = super().logits(head)
-                graph = torch.cuda.CUDAGraph()
-                # "thread_local": threads that fetch batches may go on meanwhile
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    recorded = super().logits(head)
-                finally:
-                    graph.capture_end()
-            current.wait_stream(stream)
-        self.graphs[head] = graph, recorded
+            try:
+                with torch.cuda.stream(stream):
+                    logits = super().logits(head)
+                    self._record(head)
+            finally:
+                current.wait_stream(stream)
         logits.record_stream(current)  # else a later step on the other stream may overwrite it before it is read
         return logits
+
+    def _record(self, head: int) -> None:
+        """On the current stream. Where memory is short, nothing is recorded, and the next step tries again."""
+        if next(_RECORDED) % MOST_GRAPHS == 0:
+            torch.cuda.empty_cache()  # memory of graphs that are no more is given back at no other time
+        graph = torch.cuda.CUDAGraph()
+        # "thread_local": threads that fetch batches may go on meanwhile
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            logits = super().logits(head)
+        except BaseException as error:
+            with suppress(RuntimeError):  # of a recording that failed
+                graph.capture_end()
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            torch.cuda.empty_cache()
+        else:
+            graph.capture_end()
+            self.graphs[head] = graph, logits
 
 
 # One stream for all decoders, since cuBLAS keeps 32 MiB for each that it has ever seen. Whatever another thread did on
 # it would be recorded too.
 _recording_stream = functools.cache(torch.cuda.Stream)
-_RECORDING = Lock()
+_RECORDING, _RECORDED = Lock(), count(1)
+MOST_GRAPHS = 64  # some MB each
 
 
 def layer_for(keys: Tensor) -> type[Layer]:
     """The kind of layer for caches like this one, (B, heads, P, head_dim)."""
-    if keys.dtype == torch.float64:  # the kernels compute in float32
+    if keys.dtype == torch.float64 or not has_kernels():  # the kernels compute in float32
         return TorchLayer
-    try:
-        from prior.gpt_triton import FEW_ROWS, FewRowsLayer, FusedLayer  # here, since it imports Triton
-    except ModuleNotFoundError:
-        return TorchLayer
+    from prior.gpt_triton import FEW_ROWS, FewRowsLayer, FusedLayer  # here, since it imports Triton
+
     return FewRowsLayer if len(keys) <= FEW_ROWS else FusedLayer
 
 

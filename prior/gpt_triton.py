@@ -121,9 +121,10 @@ def project(
     """
     num_columns, dim = len(weight) // 2 if gated else len(weight), x.shape[1]
     out = weight.new_empty(len(x), num_columns) if add_to is None else add_to
-    num_rows = 8 if num_columns >= 2048 else 4  # of the weight for each program, so that there are enough of these
-    padded_dim = triton.next_power_of_2(dim)
-    elements = num_rows * padded_dim * (2 if gated else 1)
+    padded_dim, num_weights = triton.next_power_of_2(dim), 2 if gated else 1
+    # rows of the weight for each program, so that there are enough of these, and that its registers hold them
+    num_rows = max(1, min(8 if num_columns >= 2048 else 4, 2**15 // (num_weights * padded_dim)))
+    elements = num_rows * padded_dim * num_weights
     _project[(triton.cdiv(num_columns, num_rows),)](
         x, None if norm is None else norm.weight, weight, out, 0.0 if norm is None else norm.eps, len(x), num_columns,
         dim, padded_dim, num_rows, gated, add_to is not None,

@@ -1,6 +1,10 @@
 """From logits to codes: temperature, top-k, top-p, min-p, guidance, and noise that belongs to each image alone."""
 
+import functools
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -187,11 +191,18 @@ def draw(logits: Tensor, uniform: Tensor, totals: list[Tensor] | None = None) ->
 
 def _fused_draw(num_codes: int) -> Callable | None:
     """`draw` as one kernel, where there is Triton and the codes are not too many for it."""
-    try:
-        from prior.sampling_triton import MOST_CODES, fused_draw  # here, since it imports Triton
-    except ModuleNotFoundError:
+    if not has_kernels():
         return None
+    from prior.sampling_triton import MOST_CODES, fused_draw  # here, since it imports Triton
+
     return fused_draw if num_codes <= MOST_CODES else None
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Whether Triton's kernels can be had: that it is installed, and a C compiler, which it calls at their start."""
+    compilers = ("CC" in os.environ, *map(shutil.which, ("cc", "gcc", "clang")))
+    return importlib.util.find_spec("triton") is not None and any(compilers)
 
 
 def cumulative_sum(probabilities: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ MODEL_MODULES = {"abc", "collections", "contextlib", "dataclasses", "difflib", "
 # kernel, where there is Triton
 EXCEPTIONS = {
     "prior/torchvision_guard.py": {"glob", "importlib", "os"}, "prior/gpt_cuda_decoder.py": {"threading"},
+    "prior/sampling.py": {"importlib", "os", "shutil"},
     "prior/gpt_triton.py": {"triton"}, "prior/sampling_triton.py": {"triton"},
     "tokenizer/quantizers/nearest_triton.py": {"triton"},
 }  # fmt: skip

@@ -18,6 +18,8 @@ from tokenizer.quantizers import nearest_triton
 from tokenizer.quantizers.nearest_triton import fused_nearest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py turns the interpreter on
+# for `int` of an array in the interpreter of older versions
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
@@ -51,7 +53,7 @@ def fused_here(monkeypatch):
     rows=st.sampled_from([16, 32]),
     tensor_cores=st.booleans(),
     num_programs=st.integers(1, 12),
-    most_numbers=st.sampled_from([1, 200, 2**24]),
+    most_numbers=st.sampled_from([1, 600, 2**24]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_whole_numbers_have_the_codes_of_the_cpu_ties_included(

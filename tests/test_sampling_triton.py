@@ -68,5 +68,13 @@ def test_draws_are_this_kernel_unless_codes_are_too_many_for_it(monkeypatch):
     expected, total = fused_draw(logits, uniform)
     assert torch.equal(draw(logits, uniform, totals := []), expected)
     assert torch.equal(totals[0], total)
+    monkeypatch.setattr(sampling, "has_kernels", lambda: True)
     assert sampling._fused_draw(MOST_CODES) is fused_draw
     assert sampling._fused_draw(MOST_CODES + 1) is None
+
+
+@pytest.mark.parametrize("compiler", ["gcc", None])
+def test_without_a_c_compiler_there_are_no_kernels(compiler, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sampling.shutil, "which", lambda name: compiler if name == compiler else None)
+    assert sampling.has_kernels.__wrapped__() is (compiler is not None)

@@ -4,6 +4,7 @@ Tensor cores multiply numbers of 8 bits and add in float32. A float32 number is 
 their nine products are a product of float32, up to its rounding; they are laid side by side, as channels.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -30,16 +31,16 @@ class Tiles(NamedTuple):
 # Measured on an H200; few channels, many, and where there are no tensor cores for bfloat16
 NARROW, WIDE, FLOAT32 = Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 16, 4, 2)
 WIDTH_OF_NARROW = 64
-# Of vectors that are split at a time, which takes three times their memory
-MOST_NUMBERS = 2**24
+# Of bfloat16 that vectors are split into at a time: 192 MB
+MOST_NUMBERS = 6 * 2**24
 
 
 def fused_nearest(vectors: Tensor, codebook: Tensor, half_squares: Tensor) -> Tensor:
     """Index of the entry with the smallest |w|^2 / 2 - x.w for each vector; of equal ones the lowest.
 
-    Products have the precision of float32, whatever torch allows its own. Their sums are taken in another order than
-    those of torch's matrix products: of entries whose distances differ by no more than float32's rounding, either way
-    may find another.
+    Products have the precision of float32, whatever torch allows its own, of numbers up to 3.38e38. Their sums are
+    taken in another order than those of torch's matrix products: of entries whose distances differ by no more than
+    float32's rounding, either way may find another.
 
     Args:
         vectors: (N, D) float32, contiguous, like the others.
@@ -51,10 +52,10 @@ def fused_nearest(vectors: Tensor, codebook: Tensor, half_squares: Tensor) -> Te
     codes = _empty_codes(vectors, codebook, half_squares)
     if len(vectors) == 0:
         return codes
-    at_once = max(1, MOST_NUMBERS // vectors.shape[1])
     with torch.cuda.device_of(vectors):  # a kernel starts on the current device, not on that of its arguments
         tiles = _tiles(vectors)
         right = _factors(codebook, ENTRY_PARTS, tiles)
+        at_once = max(1, MOST_NUMBERS // right.shape[1])
         for some, found in zip(vectors.split(at_once), codes.split(at_once)):
             _search_some(_factors(some, VECTOR_PARTS, tiles), right, some, codebook, half_squares, found, tiles)
     return codes
@@ -118,6 +119,7 @@ def _fitting(tiles: Tiles, device: torch.device) -> Tiles:
     return tiles._replace(num_stages=max(1, min(tiles.num_stages, _shared_memory(device) // bytes_of_load)))
 
 
+@functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may have of it; torch tells them since 2.7 alone."""
     if device.type != "cuda":
@@ -195,9 +197,9 @@ def _search(
         tile_of_largest = tl.where(nearer, first, tile_of_largest)
         largest = tl.where(nearer, best, largest)
     first_of_group = tile_of_largest + tl.arange(0, lanes)[None, :] * group
+    # Scores that are not numbers are never nearer: without any other, all lanes are equal, and stand at the start
     is_best = largest == tl.max(largest, axis=1)[:, None]
-    first = tl.min(tl.where(is_best, first_of_group, 2**31 - 1), axis=1)
-    code = tl.where(first < codebook_size, first, start)  # no lane is best where scores are not numbers
+    code = tl.min(tl.where(is_best, first_of_group, 2**31 - 1), axis=1)
     score = tl.full((tile_rows,), float("-inf"), tl.float32)
     row_starts = vectors + rows.to(tl.int64)[:, None] * dim
     first = code
