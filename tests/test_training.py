@@ -696,6 +696,16 @@ def test_training_under_bf16_autocast_keeps_weights_and_codebook_in_float32(mode
     assert result.metrics["nll"] != plain.metrics["nll"]
 
 
+def test_a_priors_first_batch_is_looked_at_since_a_compiled_model_looks_at_none():
+    kind = PRIORS["gpt"]
+    prior = kind(kind.Config(spec=tiny.SPECS["map"], num_classes=3, **tiny.PRIORS["gpt"]))
+    batch = {"codes": [torch.zeros(2, 2, 2, dtype=torch.int64)], "label": torch.tensor([0, 2])}
+    PriorLoss(prior).initialize(batch)
+    for name, wrong in (("label", torch.tensor([0, 3])), ("codes", [batch["codes"][0] + 3])):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 3\)"):
+            PriorLoss(prior).initialize(batch | {name: wrong})
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_micro_batches_are_not_replayed_from_graphs(mode):
     with pytest.raises(
