@@ -311,7 +311,7 @@ class Table(Prior):
         super().__init__(PriorConfig(spec=CodeSpec(((1,),), (len(logits),))))
         self.register_buffer("log_p", logits.log_softmax(dim=0))
         if partition is not None:
-            self.log_partition = lambda: partition
+            self.log_partition = lambda callback=None: partition
 
     def log_prob(self, codes, labels=None):
         return self.log_p[codes[0][:, 0]]
