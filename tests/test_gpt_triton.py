@@ -203,6 +203,18 @@ def test_fused_layers_give_the_logits_of_the_whole_pass(positions, batch, layer,
 
 
 @LAYERS
+def test_weights_may_lie_in_memory_in_any_order(layer, monkeypatch):
+    monkeypatch.setattr(gpt, "DECODERS", (decoder_of(layer),))
+    prior = make("rotary", num_classes=3)
+    for block in prior.model.layers:
+        for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+            transposed = torch.nn.init.normal_(projection.weight.detach(), std=0.5).T.contiguous().T
+            projection.weight = torch.nn.Parameter(transposed)
+            assert not projection.weight.is_contiguous()
+    check_steps(prior, torch.arange(2, device=DEVICE))
+
+
+@LAYERS
 def test_fused_layers_go_on_after_a_caption_and_do_not_see_what_memory_held_before(layer, monkeypatch):
     monkeypatch.setattr(gpt, "DECODERS", (decoder_of(layer),))
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN then

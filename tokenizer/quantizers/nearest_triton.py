@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 # Measured on an H200; few channels, many, and where there are no tensor cores for bfloat16
 NARROW, WIDE, FLOAT32 = Tiles(128, 64, 64, 8, 3), Tiles(128, 128, 64, 8, 4), Tiles(64, 64, 16, 4, 2)
 WIDTH_OF_NARROW = 64
-# Of bfloat16 that vectors are split into at a time: 192 MB
+# Of bfloat16 that vectors are split into at a time: 192 MiB
 MOST_NUMBERS = 6 * 2**24
 
 
