@@ -100,6 +100,20 @@ def test_hardly_a_vector_is_left_to_float32(dim):
     assert torch.equal(with_it, without)
 
 
+@pytest.mark.parametrize("few", [True, False])
+def test_vectors_much_nearer_than_those_that_tell_how_far_they_are(few):
+    generator = torch.Generator().manual_seed(0)
+    # two far clusters: next to one of them are many more entries than in the middle
+    codebook = torch.randn(400, 64, generator=generator) + 3 * torch.tensor([-1, 1]).repeat(200)[:, None]
+    vectors = torch.randn(3000, 64, generator=generator)
+    near = torch.arange(3000) % (300 if few else 2) == 1
+    near[:: 3000 // nearest_bfloat16.SAMPLE] = False
+    vectors[near] += 3
+    assert undecided(vectors, codebook) < 100
+    with_it, without = codes_of_both(vectors, codebook)
+    assert torch.equal(with_it, without)
+
+
 def test_a_collapsed_codebook_is_searched_in_float32():
     vectors, codebook = torch.randn(40, 8), torch.randn(1, 8).repeat(50, 1)
     assert undecided(vectors, codebook) == 40
