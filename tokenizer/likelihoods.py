@@ -320,10 +320,10 @@ def log_bin_mass(log_cdf, values: Tensor, num_values: int, location: Tensor, inv
     lower = ((values - 0.5) / (num_values - 1) - location) * inverse_scale
     # log(cdf(u) - cdf(l)) = log cdf(u) + log(1 - exp(log cdf(l) - log cdf(u))). Mirrored to the lower tail, where
     # log cdf is exact; in the upper tail it would be the logarithm of a difference of ones. An open bin has no second
-    # term, and the last one is the mirrored first. log cdf is the dear part: twice is enough.
+    # term, and the last one is the mirrored first. log cdf is the dear part: twice is enough, in one call.
     first, last = values == 0, values == num_values - 1
     mirrored = last | (~first & (upper + lower > 0))
-    high = log_cdf(torch.where(mirrored, -lower, upper))
-    low = log_cdf(torch.where(mirrored, -upper, lower))
+    bounds = torch.where(mirrored, -lower, upper), torch.where(mirrored, -upper, lower)
+    high, low = log_cdf(torch.stack(bounds))
     inside = torch.log(-torch.expm1((low - high).clamp(max=-1e-10)))
     return high + torch.where(first | last, 0.0, inside)
