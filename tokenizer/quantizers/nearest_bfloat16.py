@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Least vectors, entries and channels, and numbers in the codebook, for which it pays: below, the passes over codebook and
+# Least vectors, entries, channels and numbers in a codebook for which it pays: below, the passes over codebook and
 # distances take as long as the products that are spared.
 LEAST, LEAST_NUMBERS = (2048, 1024, 128), 2**18
 # Vectors x entries of a tile of distances, 2 MB, and the least vectors and most entries: fewer of those multiply slowly
@@ -32,10 +32,10 @@ def screening_pays(vectors: Tensor, codebook: Tensor) -> bool:
     """Whether codes of vectors (N, D) from a codebook (K, D) are found sooner so than by the float32 search alone."""
     if any(size < least for size, least in zip((len(vectors), *codebook.shape), LEAST)):
         return False
-    if codebook.numel() < LEAST_NUMBERS:
+    if codebook.numel() < LEAST_NUMBERS or not cpu_multiplies_bfloat16():
         return False
     # torch.compile would make graphs of the passes, one for each number of candidates
-    return vectors.device.type == "cpu" and not torch.compiler.is_compiling() and cpu_multiplies_bfloat16()
+    return vectors.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Screening:
@@ -46,8 +46,8 @@ class Screening:
     tell which is: surely, unless two are equal up to the rounding error of the search in float32. So every code found
     is the one that it would find.
 
-    The distances are rounded to bfloat16 too. That they lose little, each vector's are written less a number that is
-    a little below the least of them.
+    The distances are rounded to bfloat16 too, in proportion to their size. So each vector's are taken less a number a
+    little below the least of them, which keeps small those that matter.
     """
 
     def __init__(self, codebook: Tensor):
@@ -85,9 +85,9 @@ class Screening:
         return torch.cat(undecided)
 
     def _part_of_squares(self, vectors: Tensor) -> float:
-        """How much of |x|^2 / 2 to add to the distances of each vector x, -1 to 1, for the least to be a little above 0.
+        """What part of |x|^2 / 2, -1 to 1, makes the least of a vector's distances a little more than 0.
 
-        Too little only makes more entries candidates than need be, too much rounds more of the distances away.
+        With less of it more entries are candidates, all whose distances are negative; with more, rounding takes more.
         """
         sample = vectors[:: max(1, len(vectors) // SAMPLE)]
         if len(sample) == 0:
