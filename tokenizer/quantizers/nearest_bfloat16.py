@@ -32,10 +32,10 @@ def screening_pays(vectors: Tensor, codebook: Tensor) -> bool:
     """Whether codes of vectors (N, D) from a codebook (K, D) are found sooner so than by the float32 search alone."""
     if any(size < least for size, least in zip((len(vectors), *codebook.shape), LEAST)):
         return False
-    if codebook.numel() < LEAST_NUMBERS or not cpu_multiplies_bfloat16():
+    if codebook.numel() < LEAST_NUMBERS:
         return False
     # torch.compile would make graphs of the passes, one for each number of candidates
-    return vectors.device.type == "cpu" and not torch.compiler.is_compiling()
+    return vectors.device.type == "cpu" and not torch.compiler.is_compiling() and cpu_multiplies_bfloat16()
 
 
 class Screening:
