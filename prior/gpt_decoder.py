@@ -131,10 +131,10 @@ class Product:
     """x W^T of x (B, in) and W (out, in): the plain form."""
 
     def __init__(self, weight: Tensor):
-        self.weight = weight
+        self.weight = weight.T  # F.linear turns it anew each time
 
     def times(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return torch.mm(x, self.weight)
 
     def times_plus(self, x: Tensor, other: Tensor) -> Tensor:
         return self.times(x).add_(other)
@@ -153,12 +153,10 @@ class Transposed(Product):
         sizes = [len(weight) for weight in weights]
         # rows that lie a multiple of some KB apart compete for the same places of a processor's cache
         padding = 16 if sum(sizes) % 256 == 0 else 0
-        super().__init__(weights[0].new_empty(weights[0].shape[1], sum(sizes) + padding)[:, : sum(sizes)])
-        for part, weight in zip(self.weight.split(sizes, dim=1), weights):
+        transposed = weights[0].new_empty(weights[0].shape[1], sum(sizes) + padding)[:, : sum(sizes)]
+        for part, weight in zip(transposed.split(sizes, dim=1), weights):
             part.copy_(weight.T)
-
-    def times(self, x: Tensor) -> Tensor:
-        return torch.mm(x, self.weight)
+        super().__init__(transposed.T)
 
     def times_plus(self, x: Tensor, other: Tensor) -> Tensor:
         return torch.addmm(other, x, self.weight)
@@ -168,7 +166,7 @@ class Packed(Product):
     """oneDNN's own layout, and what follows is fused."""
 
     def __init__(self, weights: list[Tensor], rows: int):
-        super().__init__(torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows))
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(_joined(weights), rows)
 
     def times(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
