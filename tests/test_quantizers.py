@@ -186,9 +186,10 @@ def test_nearest_works_whatever_the_gradient_mode(mode):
     assert torch.equal(codes, brute_force(vectors, codebook.detach()))
 
 
-def test_nearest_does_without_triton(monkeypatch):
+def test_nearest_does_without_triton_or_a_compiler_for_it(monkeypatch):
     monkeypatch.setattr(search, "FUSED_DEVICE", "cpu")
-    # as Python has it where an import failed
+    monkeypatch.setattr(search, "HAS_KERNELS", False)
+    # an import would fail
     monkeypatch.setitem(sys.modules, "tokenizer.quantizers.nearest_triton", None)
     vectors, codebook = torch.randn(10, 3), torch.randn(4, 3)
     assert torch.equal(nearest(vectors, codebook), brute_force(vectors, codebook))

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from prior.sampling import has_kernels
 from tokenizer.quantizers.nearest_bfloat16 import Screening, screening_pays
 
 # Vectors x entries of a tile of distances. On the CPU 1 MB of each thread's stays in the cache between the product and
@@ -18,8 +19,8 @@ from tokenizer.quantizers.nearest_bfloat16 import Screening, screening_pays
 # Elsewhere launches dominate, all entries come at once, and 64 MB is still nothing.
 CPU_TILE, CPU_COLUMNS = 2**18, 1024
 DEVICE_TILE = 2**24
-# Where the search is one kernel instead, if there is Triton, which torch brings to Linux with its GPU builds
-FUSED_DEVICE = "cuda"
+# Where the search is one kernel instead, and whether it can be had; asked here, since torch.compile's graph cannot
+FUSED_DEVICE, HAS_KERNELS = "cuda", has_kernels()
 
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -130,8 +131,8 @@ class Search:
 
 
 def _fused_search() -> Callable | None:
-    try:
-        import tokenizer.quantizers.nearest_triton  # noqa: F401  here, since it imports Triton
-    except ModuleNotFoundError:
+    if not HAS_KERNELS:
         return None
+    import tokenizer.quantizers.nearest_triton  # noqa: F401  here, since it imports Triton
+
     return torch.ops.tessera.nearest
