@@ -54,7 +54,7 @@ class Screening:
         codebook_size, dim = codebook.shape
         self.codebook = codebook
         self.center = codebook.mean(dim=0)  # |x - w| stays and the error of x.w shrinks with the norms
-        # |x - w|^2 / 2 = -x.w + |w|^2 / 2 + |x|^2 / 2 as one product of dim + 4 channels: squares in two parts each.
+        # |x - w|^2 / 2 = -x.w + |w|^2 / 2 + |x|^2 / 2 as one product of dim + 4 channels: squares in two parts each
         self.channels = codebook.new_ones(codebook_size, dim + 4, dtype=torch.bfloat16)
         largest = []
         for entries, channels in zip(codebook.split(PIECE), self.channels.split(PIECE)):
