@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Places by which a layer's cache grows. Those still to come are holes, and memory with holes is read at half the speed,
-# so there are never many of them. What has few rows (batch x heads) stays in the processor's cache and does not mind.
-GROWTH, ROWS_THAT_GROW = 64, 64
+# Keys and values lie place by place, for the newest are written at once then, where no more than 64 places are read or
+# where the rows (batch x heads) are many. More places than a processor fetches ahead for, 32, are split into blocks.
+FEW_PLACES, BLOCK_PLACES, ROWS_IN_BLOCKS = 64, 32, 192
 
 # With so many rows on Intel's processors, and with so few on others, products with transposed weights are so much
 # faster that they win back the time that transposing takes.
@@ -49,7 +49,7 @@ class Decoder:
         if not self.rotary:
             x, place = x + place, None
         for layer in self.layers:
-            x = layer(x, place, self.place)
+            x = layer(x, place)
         self.place += 1
         if head.data_ptr() not in self.heads:
             self.heads[head.data_ptr()] = product([head], self.batch)
@@ -77,41 +77,63 @@ class Layer:
         self.gate, self.up, self.down = (
             product([p.weight], batch) for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
-        self.max_length = cache.max_length
-        self.growth = GROWTH if batch * self.num_heads >= ROWS_THAT_GROW else self.max_length
-        # (2, B, heads, capacity, head_dim): keys and values together, since one copy then stores both
-        self.past = cache.keys.new_empty(2, batch, self.num_heads, 0, self.head_dim)
+        self.past = Past(cache)
         for place in range(cache.length):
-            self._store(torch.stack([cache.keys[:, :, place, order], cache.values[:, :, place]]), place)
+            self.past.append(torch.stack([cache.keys[:, :, place, order], cache.values[:, :, place]]))
         del cache.keys, cache.values
 
-    def __call__(self, x: Tensor, rotation: Tensor | None, place: int) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         projected = self.queries_keys_values.times(self.norm(x))
         if rotation is not None:
             pairs = projected.view(len(x), 3 * self.num_heads, -1, 2)[:, : 2 * self.num_heads]
             torch.view_as_complex(pairs).mul_(rotation)
         keys_values = projected[:, self.dim :].view(len(x), 2, self.num_heads, self.head_dim)
-        self._store(keys_values.transpose(0, 1), place)
+        self.past.append(keys_values.transpose(0, 1))
         queries = projected[:, : self.dim].reshape(-1, 1, self.head_dim)
-        x = self.out.times_plus(self._attend(queries, place + 1).view(-1, self.dim), x)
+        x = self.out.times_plus(self.past.attend(queries).view(-1, self.dim), x)
         normed = self.mlp_norm(x)
         return self.down.times_plus(self.up.times_multiplied(normed, self.gate.swish_times(normed)), x)
 
-    def _store(self, keys_values: Tensor, place: int) -> None:
-        """Keys and values (2, B, heads, head_dim) of the token at `place`, the next one."""
-        if place == self.past.shape[3]:
-            smaller, capacity = self.past, min(place + self.growth, self.max_length)
-            self.past = smaller.new_empty(2, *keys_values.shape[1:3], capacity, self.head_dim)
-            self.past[:, :, :, :place] = smaller
-        self.past[:, :, :, place] = keys_values
 
-    def _attend(self, queries: Tensor, length: int) -> Tensor:
-        """The mean of the first `length` values, weighted for each of the queries (rows, 1, head_dim).
+class Past:
+    """Keys and values of a layer's tokens, in blocks (2, B, heads, places, head_dim): one copy then stores both."""
+
+    def __init__(self, cache):
+        self.max_length, self.length = cache.max_length, 0
+        few, many = self.max_length <= FEW_PLACES, cache.keys.shape[0] * cache.keys.shape[1] >= ROWS_IN_BLOCKS
+        self.by_place = few or many
+        self.block_places = BLOCK_PLACES if many and not few else self.max_length
+        self.blocks: list[Tensor] = []
+
+    def append(self, keys_values: Tensor) -> None:
+        """Stores what (2, B, heads, head_dim) belongs to the next token."""
+        place = self.length % self.block_places
+        if place == 0:
+            two, batch, heads, head_dim = keys_values.shape
+            places = min(self.block_places, self.max_length - self.length)
+            if self.by_place:
+                block = keys_values.new_empty(two, places, batch, heads, head_dim).permute(0, 2, 3, 1, 4)
+            else:
+                block = keys_values.new_empty(two, batch, heads, places, head_dim)
+            self.blocks.append(block)
+        self.blocks[-1][:, :, :, place] = keys_values
+        self.length += 1
+
+    def attend(self, queries: Tensor) -> Tensor:
+        """The mean of all values so far, weighted for each of the queries (rows, 1, head_dim).
 
         For one query per row two batched products beat scaled_dot_product_attention.
         """
-        keys, values = self.past.flatten(1, 2)[:, :, :length]
-        return torch.bmm(torch.bmm(queries, keys.mT).softmax(dim=-1), values)
+        blocks = [block.flatten(1, 2) for block in self.blocks]
+        blocks[-1] = blocks[-1][:, :, : self.length - self.block_places * (len(blocks) - 1)]
+        scores = [torch.bmm(queries, keys.mT) for keys, _ in blocks]
+        if len(blocks) == 1:
+            return torch.bmm(scores[0].softmax(dim=-1), blocks[0][1])
+        weights = torch.cat(scores, dim=-1).softmax(dim=-1).split(self.block_places, dim=-1)
+        mean = torch.bmm(weights[0], blocks[0][1])
+        for part, (_, values) in zip(weights[1:], blocks[1:]):
+            mean.baddbmm_(part, values)
+        return mean
 
 
 class Norm:
@@ -124,7 +146,7 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         # x / sqrt(mean(x^2) + eps) = x sqrt(D) / sqrt(|x|^2 + D eps)
-        return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.root_eps) * self.gain
+        return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.root_eps)).mul_(self.gain)
 
 
 class Product:
@@ -137,6 +159,7 @@ class Product:
         return torch.mm(x, self.weight)
 
     def times_plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """May write over `other`."""
         return self.times(x).add_(other)
 
     def times_multiplied(self, x: Tensor, other: Tensor) -> Tensor:
@@ -159,7 +182,7 @@ class Transposed(Product):
         super().__init__(transposed.T)
 
     def times_plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return torch.addmm(other, x, self.weight)
+        return other.addmm_(x, self.weight)
 
 
 class Packed(Product):

@@ -179,6 +179,13 @@ def draw(logits: Tensor, uniform: Tensor, totals: list[Tensor] | None = None) ->
             totals.append(total)
         return codes
     probabilities = logits.float().softmax(-1)
+    if logits.device.type == "cpu":  # where sums are made in order, so that they never fall and can be searched
+        cumulative = cumulative_sum(probabilities)
+        total = cumulative[:, -1:]
+        codes = torch.searchsorted(cumulative, total * uniform[:, None], right=True)[:, 0]
+        if totals is not None:
+            totals.append(total)
+        return codes.clamp_(max=logits.shape[-1] - 1)  # which they exceed where probabilities are not numbers
     # impossible codes stay at 0 and cannot be the first to exceed the target; that a parallel cumsum need not be
     # monotone does not matter either, because the target lies below the largest value
     cumulative = cumulative_sum(probabilities).masked_fill_(probabilities == 0, 0.0)

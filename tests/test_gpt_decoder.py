@@ -22,12 +22,24 @@ def make(positions: str, **options) -> GPT:
 
 @pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])
 @settings(deadline=None, max_examples=40)
-@given(growth=st.integers(1, 20), batch=st.integers(1, 4), rows_that_grow=st.sampled_from([1, 4, 1000]))
-def test_a_cache_that_grows_by_any_length_gives_the_logits_of_the_whole_pass(positions, growth, batch, rows_that_grow):
+@given(
+    block_places=st.integers(1, 20),
+    batch=st.integers(1, 4),
+    rows_in_blocks=st.sampled_from([1, 4, 1000]),
+    few_places=st.sampled_from([0, 64]),
+)
+def test_a_cache_in_blocks_of_any_size_gives_the_logits_of_the_whole_pass(
+    positions, block_places, batch, rows_in_blocks, few_places
+):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpt_decoder, "GROWTH", growth)
-        patch.setattr(gpt_decoder, "ROWS_THAT_GROW", rows_that_grow)
+        lay_out(patch, block_places, rows_in_blocks, few_places)
         check_steps(make(positions, num_classes=3), torch.arange(batch) % 3)
+
+
+def lay_out(patch, block_places: int, rows_in_blocks: int = 1, few_places: int = 0) -> None:
+    patch.setattr(gpt_decoder, "BLOCK_PLACES", block_places)
+    patch.setattr(gpt_decoder, "ROWS_IN_BLOCKS", rows_in_blocks)
+    patch.setattr(gpt_decoder, "FEW_PLACES", few_places)
 
 
 @pytest.mark.parametrize(
@@ -46,16 +58,16 @@ def test_every_form_of_products_gives_the_logits_of_the_whole_pass(intel, batch,
     assert used == {form} or not hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@pytest.mark.parametrize("growth", [1, 2, 3, 50])
-def test_a_prefix_of_several_tokens_reaches_a_cache_that_grows(growth, monkeypatch):
-    monkeypatch.setattr(gpt_decoder, "GROWTH", growth)
-    monkeypatch.setattr(gpt_decoder, "ROWS_THAT_GROW", 1)
+@pytest.mark.parametrize("block_places", [1, 2, 3, 50])
+def test_a_prefix_of_several_tokens_reaches_a_cache_in_blocks(block_places, monkeypatch):
+    lay_out(monkeypatch, block_places)
     check_steps(make("rotary_2d", text_vocab_size=7, max_text_length=5), torch.randint(7, (3, 5)))
 
 
-def test_places_that_are_not_filled_yet_do_not_count(monkeypatch):
-    monkeypatch.setattr(gpt_decoder, "GROWTH", 4)
-    monkeypatch.setattr(gpt_decoder, "ROWS_THAT_GROW", 1)
+@pytest.mark.parametrize("few_places", [0, 64])
+@pytest.mark.parametrize("rows_in_blocks", [1, 1000])
+def test_places_that_are_not_filled_yet_do_not_count(few_places, rows_in_blocks, monkeypatch):
+    lay_out(monkeypatch, 4, rows_in_blocks, few_places)
     torch.use_deterministic_algorithms(True)  # new memory that nobody writes to is full of NaN then
     try:
         check_steps(make("rotary", num_classes=3), torch.arange(3))
@@ -64,16 +76,33 @@ def test_places_that_are_not_filled_yet_do_not_count(monkeypatch):
 
 
 @torch.no_grad()
-def test_a_cache_of_many_rows_grows_to_the_sequence_and_one_of_few_starts_there(monkeypatch):
-    monkeypatch.setattr(gpt_decoder, "GROWTH", 8)
-    rows = gpt_decoder.ROWS_THAT_GROW
-    few, many = decoder(rows // 2 - 1), decoder(rows // 2)
-    assert [d.layers[0].past.shape[3] for d in (few, many)] == [20, 8]
-    capacities = []
+def test_a_cache_of_many_rows_and_places_gains_blocks_and_any_other_is_one(monkeypatch):
+    lay_out(monkeypatch, 8, gpt_decoder.ROWS_IN_BLOCKS, few_places=19)
+    half = gpt_decoder.ROWS_IN_BLOCKS // 2  # of two heads
+    few_rows = decoder(half - 1)
+    assert places(few_rows) == [20]
+    assert not by_place(few_rows)
+    many, seen = decoder(half), []
+    assert by_place(many)
     for _ in range(19):
-        many(torch.zeros(rows // 2, 1, dtype=torch.int64), torch.zeros(5, 16))
-        capacities.append(many.layers[0].past.shape[3])
-    assert capacities == [8] * 7 + [16] * 8 + [20] * 4
+        many(torch.zeros(half, 1, dtype=torch.int64), torch.zeros(5, 16))
+        seen.append(places(many))
+    assert seen == [[8]] * 7 + [[8, 8]] * 8 + [[8, 8, 4]] * 4
+    lay_out(monkeypatch, 8, gpt_decoder.ROWS_IN_BLOCKS, few_places=20)
+    few_places = decoder(half - 1)
+    assert places(few_places) == [20]
+    assert by_place(few_places)
+
+
+def by_place(decoder: gpt_decoder.Decoder) -> bool:
+    """Whether what belongs to a place lies together."""
+    block = decoder.layers[0].past.blocks[0]
+    return block.stride(3) > block.stride(1)
+
+
+def places(decoder: gpt_decoder.Decoder) -> list[int]:
+    """Of each block of the first layer."""
+    return [block.shape[3] for block in decoder.layers[0].past.blocks]
 
 
 @torch.no_grad()
