@@ -268,7 +268,7 @@ class SwiGLU(nn.Module):
 
 
 class Cache:
-    """Keys and values (B, heads, T, head_dim) of one layer, allocated once for the whole sequence."""
+    """Keys and values (B, heads, T, head_dim) of one layer; from the second lot on in memory for the whole sequence."""
 
     def __init__(self, max_length: int):
         self.max_length = max_length
@@ -276,15 +276,26 @@ class Cache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Stores the keys and values of the next tokens; returns those of all tokens so far."""
-        if self.length == 0:
-            # here, because the dtype is not known before: autocast may have changed it
-            batch, num_heads, _, head_dim = key.shape
-            self.keys = key.new_empty(batch, num_heads, self.max_length, head_dim)
-            self.values = value.new_empty(batch, num_heads, self.max_length, head_dim)
         start, self.length = self.length, self.length + key.shape[2]
+        if start == 0:
+            self.keys, self.values = key, value  # a decoder may take them from here and lay out its own memory
+            return key, value
+        self.reserve()
         self.keys[:, :, start : self.length] = key
         self.values[:, :, start : self.length] = value
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def reserve(self) -> None:
+        """Makes room for the whole sequence after the first tokens."""
+        self.keys, self.values = self._with_room(self.keys), self._with_room(self.values)
+
+    def _with_room(self, stored: Tensor) -> Tensor:
+        length = stored.shape[2]
+        if length == self.max_length:
+            return stored
+        room = stored.new_empty(*stored.shape[:2], self.max_length, stored.shape[3])
+        room[:, :, :length] = stored
+        return room
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

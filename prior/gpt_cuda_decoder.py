@@ -95,6 +95,8 @@ class StaticDecoder:
     """
 
     def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None, layer: type[Layer] = TorchLayer):
+        for cache in caches:
+            cache.reserve()
         keys = caches[0].keys
         self.device, self.dtype = keys.device, keys.dtype
         self.embed, self.positions = model.embed_tokens, None if rotation is not None else model.embed_positions.weight

@@ -20,6 +20,8 @@ NOT_NUMBERS = (
 
 # Where a draw is one kernel, if there is Triton, which torch brings to Linux with its GPU builds
 FUSED_DEVICE = "cuda"
+# Where cumulative sums never fall, since they are made in order, and can be searched
+SUMS_IN_ORDER = ("cpu",)
 
 GuidanceSchedule = Literal["constant", "linear"] | tuple[float, float]
 
@@ -179,21 +181,20 @@ def draw(logits: Tensor, uniform: Tensor, totals: list[Tensor] | None = None) ->
             totals.append(total)
         return codes
     probabilities = logits.float().softmax(-1)
-    if logits.device.type == "cpu":  # where sums are made in order, so that they never fall and can be searched
-        cumulative = cumulative_sum(probabilities)
-        total = cumulative[:, -1:]
+    cumulative = cumulative_sum(probabilities)
+    # u (1 - 2^-24) rounds to less than its other factor in float32, so that the target lies below the largest value
+    if logits.device.type in SUMS_IN_ORDER:
+        total = cumulative[:, -1:].clone()  # a view would keep all of them, for every code
         codes = torch.searchsorted(cumulative, total * uniform[:, None], right=True)[:, 0]
-        if totals is not None:
-            totals.append(total)
-        return codes.clamp_(max=logits.shape[-1] - 1)  # which they exceed where probabilities are not numbers
-    # impossible codes stay at 0 and cannot be the first to exceed the target; that a parallel cumsum need not be
-    # monotone does not matter either, because the target lies below the largest value
-    cumulative = cumulative_sum(probabilities).masked_fill_(probabilities == 0, 0.0)
-    # u (1 - 2^-24) rounds to less than its other factor in float32
-    total = cumulative.amax(-1, keepdim=True)
+        codes.clamp_(max=logits.shape[-1] - 1)  # what are not numbers exceed nothing
+    else:
+        # a parallel sum need not be monotone; impossible codes at 0 cannot be the first to exceed the target
+        cumulative.masked_fill_(probabilities == 0, 0.0)
+        total = cumulative.amax(-1, keepdim=True)
+        codes = (cumulative > total * uniform[:, None]).int().argmax(-1)  # the first
     if totals is not None:
         totals.append(total)
-    return (cumulative > total * uniform[:, None]).int().argmax(-1)  # the first
+    return codes
 
 
 def _fused_draw(num_codes: int) -> Callable | None:

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prior.sampling import ImageNoise, SamplingOptions, draw, filter_logits, final_logits, guide, log_prob_of
+from prior import sampling
+from prior.sampling import ImageNoise, SamplingOptions, filter_logits, final_logits, guide, log_prob_of
 from prior.torchvision_guard import ensure_torchvision
 
 rows = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
@@ -105,6 +106,15 @@ def test_guidance_multiplies_powers_of_the_two_distributions(scale):
     torch.testing.assert_close(guided.double(), expected / expected.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
 
 
+def draw(logits, uniform):
+    """By a search, and by the comparison of devices whose sums cannot be searched; both give the same codes."""
+    codes = sampling.draw(logits, uniform)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "SUMS_IN_ORDER", ())
+        assert torch.equal(sampling.draw(logits, uniform), codes)
+    return codes
+
+
 @settings(deadline=None)
 @given(rows, st.floats(0, 1, width=32, exclude_max=True))
 def test_drawing_inverts_the_cumulative_distribution(row, uniform):
@@ -142,6 +152,19 @@ def test_frequencies_of_drawn_codes_match_the_probabilities():
     counts = draw(logits.expand(n, -1), torch.rand(n)).bincount(minlength=5)
     p = logits.softmax(0)
     assert ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()  # five standard deviations
+
+
+@pytest.mark.parametrize("devices_of_sums_in_order", [("cpu",), ()])
+def test_totals_tell_of_what_is_no_number_and_keep_no_probabilities(devices_of_sums_in_order, monkeypatch):
+    monkeypatch.setattr(sampling, "SUMS_IN_ORDER", devices_of_sums_in_order)
+    logits = torch.randn(3, 1000)
+    sampling.draw(logits, torch.rand(3), totals := [])
+    sampling.check_totals(totals)
+    assert totals[0].untyped_storage().nbytes() == 3 * 4
+    logits[1, 7] = torch.nan
+    assert (sampling.draw(logits, torch.rand(3), totals) < 1000).all()  # else the next step would fall over it
+    with pytest.raises(ValueError, match="not numbers"):
+        sampling.check_totals(totals)
 
 
 def test_guidance_takes_the_conditional_half_first():
