@@ -1,14 +1,28 @@
 """One token at a time through a GPT's transformer on a CPU, where sampling is bound by reading the weights."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Keys and values lie place by place, for the newest are written at once then, where no more than 64 places are read or
-# where the rows (batch x heads) are many. More places than a processor fetches ahead for, 32, are split into blocks.
-FEW_PLACES, BLOCK_PLACES, ROWS_IN_BLOCKS = 64, 32, 192
+
+class Blocks(NamedTuple):
+    """How keys and values are split into blocks of places where the rows (batch x heads) are many."""
+
+    rows: int  # from how many on
+    longest_whole: int  # places that stay in one block all the same
+    places: int
+    padding: int  # floats between places: those that lie a multiple of 4 KB apart compete for a cache's lines
+
+
+# A block has no more places than a processor fetches ahead for.
+INTEL_BLOCKS = Blocks(rows=192, longest_whole=64, places=32, padding=0)
+OTHER_BLOCKS = Blocks(rows=32, longest_whole=12, places=12, padding=64)
+
+# Keys and values lie place by place, for the newest are written at once then, where rows are many or places are few.
+FEW_PLACES = 64
 
 # With so many rows on Intel's processors, and with so few on others, products with transposed weights are so much
 # faster that they win back the time that transposing takes.
@@ -100,24 +114,28 @@ class Past:
 
     def __init__(self, cache):
         self.max_length, self.length = cache.max_length, 0
-        few, many = self.max_length <= FEW_PLACES, cache.keys.shape[0] * cache.keys.shape[1] >= ROWS_IN_BLOCKS
-        self.by_place = few or many
-        self.block_places = BLOCK_PLACES if many and not few else self.max_length
+        split = INTEL_BLOCKS if on_intel() else OTHER_BLOCKS
+        many = cache.keys.shape[0] * cache.keys.shape[1] >= split.rows
+        self.by_place = many or self.max_length <= FEW_PLACES
+        self.block_places = split.places if many and self.max_length > split.longest_whole else self.max_length
+        self.padding = split.padding if many else 0
         self.blocks: list[Tensor] = []
 
     def append(self, keys_values: Tensor) -> None:
         """Stores what (2, B, heads, head_dim) belongs to the next token."""
         place = self.length % self.block_places
         if place == 0:
-            two, batch, heads, head_dim = keys_values.shape
-            places = min(self.block_places, self.max_length - self.length)
-            if self.by_place:
-                block = keys_values.new_empty(two, places, batch, heads, head_dim).permute(0, 2, 3, 1, 4)
-            else:
-                block = keys_values.new_empty(two, batch, heads, places, head_dim)
-            self.blocks.append(block)
+            self.blocks.append(self._block(keys_values, min(self.block_places, self.max_length - self.length)))
         self.blocks[-1][:, :, :, place] = keys_values
         self.length += 1
+
+    def _block(self, keys_values: Tensor, places: int) -> Tensor:
+        two, batch, heads, head_dim = keys_values.shape
+        if not self.by_place:
+            return keys_values.new_empty(two, batch, heads, places, head_dim)
+        width = batch * heads * head_dim
+        block = keys_values.new_empty(two, places, width + self.padding)[:, :, :width]
+        return block.unflatten(2, (batch, heads, head_dim)).permute(0, 2, 3, 1, 4)
 
     def attend(self, queries: Tensor) -> Tensor:
         """The mean of all values so far, weighted for each of the queries (rows, 1, head_dim).

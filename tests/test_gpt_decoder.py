@@ -27,18 +27,25 @@ def make(positions: str, **options) -> GPT:
     batch=st.integers(1, 4),
     rows_in_blocks=st.sampled_from([1, 4, 1000]),
     few_places=st.sampled_from([0, 64]),
+    longest_whole=st.sampled_from([0, 64]),
+    padding=st.sampled_from([0, 3]),
+    intel=st.booleans(),
 )
 def test_a_cache_in_blocks_of_any_size_gives_the_logits_of_the_whole_pass(
-    positions, block_places, batch, rows_in_blocks, few_places
+    positions, block_places, batch, rows_in_blocks, few_places, longest_whole, padding, intel
 ):
     with pytest.MonkeyPatch.context() as patch:
-        lay_out(patch, block_places, rows_in_blocks, few_places)
+        patch.setattr(gpt_decoder, "on_intel", lambda: intel)
+        lay_out(patch, block_places, rows_in_blocks, few_places, longest_whole, padding)
         check_steps(make(positions, num_classes=3), torch.arange(batch) % 3)
 
 
-def lay_out(patch, block_places: int, rows_in_blocks: int = 1, few_places: int = 0) -> None:
-    patch.setattr(gpt_decoder, "BLOCK_PLACES", block_places)
-    patch.setattr(gpt_decoder, "ROWS_IN_BLOCKS", rows_in_blocks)
+def lay_out(
+    patch, block_places: int, rows: int = 1, few_places: int = 0, longest_whole: int = 0, padding: int = 0
+) -> None:
+    blocks = gpt_decoder.Blocks(rows, longest_whole, block_places, padding)
+    patch.setattr(gpt_decoder, "INTEL_BLOCKS", blocks)
+    patch.setattr(gpt_decoder, "OTHER_BLOCKS", blocks)
     patch.setattr(gpt_decoder, "FEW_PLACES", few_places)
 
 
@@ -77,21 +84,33 @@ def test_places_that_are_not_filled_yet_do_not_count(few_places, rows_in_blocks,
 
 @torch.no_grad()
 def test_a_cache_of_many_rows_and_places_gains_blocks_and_any_other_is_one(monkeypatch):
-    lay_out(monkeypatch, 8, gpt_decoder.ROWS_IN_BLOCKS, few_places=19)
-    half = gpt_decoder.ROWS_IN_BLOCKS // 2  # of two heads
-    few_rows = decoder(half - 1)
+    lay_out(monkeypatch, 8, rows=64, few_places=19, longest_whole=19, padding=5)
+    few_rows = decoder(31)  # of two heads
     assert places(few_rows) == [20]
     assert not by_place(few_rows)
-    many, seen = decoder(half), []
+    many, seen = decoder(32), []
     assert by_place(many)
+    assert many.layers[0].past.blocks[0].stride(3) == 32 * 16 + 5
     for _ in range(19):
-        many(torch.zeros(half, 1, dtype=torch.int64), torch.zeros(5, 16))
+        many(torch.zeros(32, 1, dtype=torch.int64), torch.zeros(5, 16))
         seen.append(places(many))
     assert seen == [[8]] * 7 + [[8, 8]] * 8 + [[8, 8, 4]] * 4
-    lay_out(monkeypatch, 8, gpt_decoder.ROWS_IN_BLOCKS, few_places=20)
-    few_places = decoder(half - 1)
-    assert places(few_places) == [20]
+    lay_out(monkeypatch, 8, rows=64, few_places=20, longest_whole=20)
+    few_places, whole = decoder(31), decoder(32)
+    assert places(few_places) == places(whole) == [20]
     assert by_place(few_places)
+    assert by_place(whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("intel", [True, False])
+def test_intels_processors_have_blocks_of_their_own(intel, monkeypatch):
+    monkeypatch.setattr(gpt_decoder, "on_intel", lambda: intel)
+    split = gpt_decoder.INTEL_BLOCKS if intel else gpt_decoder.OTHER_BLOCKS
+    past = decoder(split.rows // 2).layers[0].past
+    assert past.by_place
+    assert past.block_places == (20 if intel else split.places)
+    assert past.padding == split.padding
 
 
 def by_place(decoder: gpt_decoder.Decoder) -> bool:
