@@ -10,7 +10,7 @@ from tokenizer.quantizers.nearest import nearest
 from tokenizer.quantizers.nearest_bfloat16 import Screening
 
 pytestmark = pytest.mark.skipif(
-    not nearest_bfloat16.cpu_multiplies_bfloat16(), reason="needs a CPU with matrix units for bfloat16"
+    not nearest_bfloat16.cpu_multiplies_bfloat16(), reason="needs a CPU with instructions for bfloat16"
 )
 
 
