@@ -366,11 +366,14 @@ def test_recorded_products_are_those_of_forward_and_backward():
     assert multiplications(lambda: layer(x)) == 2 * 3 * 5
     assert multiplications(lambda: layer(x).sum().backward()) == 2 * 2 * 3 * 5  # x wants no gradient
     assert multiplications(lambda: F.linear(x, layer.weight)) == 2 * 3 * 5
+    assert multiplications(lambda: torch.ones(2, 5).addmm_(x, layer.weight.detach().T)) == 2 * 3 * 5
     with torch.inference_mode():
         assert multiplications(lambda: F.linear(x, layer.weight)) == 2 * 3 * 5
 
 
-def test_the_floor_of_a_gpt_does_all_its_products_and_no_more():
+@pytest.mark.parametrize("intel", [True, False])
+def test_the_floor_of_a_gpt_does_all_its_products_and_no_more(intel, monkeypatch):
+    monkeypatch.setattr("prior.gpt_decoder.on_intel", lambda: intel)
     ours, floor = (make(sampling.GPTS["gpt"], 1, 2) for make in (sampling.gpt, sampling.gpt_floor))
     assert multiplications(floor) == multiplications(ours)
 

@@ -125,7 +125,7 @@ class Recorded(TorchDispatchMode):
         if function._can_decompose():  # inference mode hands such operations on whole
             with self:
                 return function.decompose(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.products.append(tuple((tuple(factor.shape), factor.stride()) for factor in args[-2:]))
         return function(*args, **(kwargs or {}))
 
