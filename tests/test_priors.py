@@ -508,9 +508,8 @@ def test_samples_do_not_depend_on_the_default_type_and_device_of_new_tensors(var
 @pytest.mark.parametrize("spec", [*tiny.SPECS.values(), LARGER], ids=[*tiny.SPECS, "larger"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
-    # float32 tells less where logits reach hundreds: rounding grows with them
     ("dtype", "spread", "tolerance"),
-    [(torch.float64, 0.4, 1e-9), (torch.float32, 0.2, 1e-5)],
+    [(torch.float64, 0.4, 1e-9), (torch.float32, 0.4, 1e-4), (torch.float32, 0.2, 1e-5)],
 )
 @torch.no_grad()
 def test_cached_logits_equal_those_of_the_full_pass_at_every_position(variant, spec, dtype, spread, tolerance):
@@ -518,6 +517,8 @@ def test_cached_logits_equal_those_of_the_full_pass_at_every_position(variant, s
     prior = build(name, spec, num_classes=2, spread=spread, **options).to(dtype)
     codes, classes = random_codes(spec, 3), torch.tensor([0, 1, 2])
     full = [logits for level in prior.logits(codes, classes) for logits in level.unbind(1)]
+    if (variant, spec, dtype, spread) == ("pixelsnail", LARGER, torch.float32, 0.4):
+        pytest.skip("logits reach hundreds, and float32's rounding more than that on some processors")
     steps, sent = prior.steps(classes), None
     for expected, code in zip(full, spec.flatten(codes).unbind(1), strict=True):
         # sums are taken in another order
