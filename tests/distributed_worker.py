@@ -1,6 +1,8 @@
 """Trains tiny models under a launcher and writes what each process ends with; see test_distributed.py."""
 
 import argparse
+import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from pipelines.launch import exit_process, make_accelerator
-from pipelines.training import Update, adamw, fit
+from pipelines.training import NonFiniteLossError, Update, adamw, fit
 from tests.test_training import CONFIG, make
 
 parser = argparse.ArgumentParser()
@@ -34,7 +36,12 @@ for model in arguments.models:
             k: v / (step != 3) for k, v in f(batch, step).items()
         }
     update = Update("model", objective, adamw(objective, config))
-    fit(accelerator, [update], train_data, validation_data, folder=folder, config=config, resolved={"model": model})
+    try:
+        fit(accelerator, [update], train_data, validation_data, folder=folder, config=config, resolved={"model": model})
+    except NonFiniteLossError:
+        traceback.print_exc()
+        accelerator.wait_for_everyone()  # as one ends the launcher ends the others, which may not have printed yet
+        sys.exit(1)
     tensors = {
         name: value.clone(memory_format=torch.contiguous_format) for name, value in objective.state_dict().items()
     }

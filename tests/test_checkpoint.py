@@ -144,7 +144,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.dictionaries(st.text(max_size=5), JSON, max_size=3))
 def test_preprocessing_of_any_form_survives(preprocessing):
     config = {"type": "vqvae", **tiny.TOKENIZERS["vqvae"], "preprocessing": preprocessing}
@@ -369,7 +369,7 @@ def test_an_absurd_vocabulary_is_refused_without_its_memory(name, vocab_size, tm
     assert time.monotonic() - start < 2
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["type", *tiny.TOKENIZERS["vqvae2"], "preprocessing", "quantizer.type", "network.hidden_dim",
                         "quantizer.codebook_size", "network.num_residual_blocks", "likelihood.x"]), JSON)  # fmt: skip
 def test_garbage_in_a_configuration_is_never_another_error(tmp_path_factory, key, garbage):

@@ -81,7 +81,7 @@ def unknown_by_hand(mask, tokenizer):
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_masks_are_rounded_outwards_to_codes_and_to_finer_ones(geometry, data):
     name, options = GEOMETRIES[geometry]
@@ -478,7 +478,6 @@ def test_the_script_tells_the_weights_of_candidates(tmp_path):
 # --- outpainting ----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_windows_cover_the_canvas_and_each_continues_what_is_there(data):
     window = [data.draw(st.integers(2, 6)) for _ in range(2)]

@@ -6,10 +6,11 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zlib
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -406,58 +407,98 @@ def test_a_caption_is_what_is_drawn_after():
         next(frames(make_captioned(class_dropout=0.0), 2, Choices(""), watch=False))
 
 
+def in_step(pipeline):
+    """Frames whose drawing draws on when it has been seen how far it is."""
+    seen, draw = threading.Semaphore(0), pipeline.sample
+
+    def sample(*arguments, codes_callback, **options):
+        def wait(*state):
+            codes_callback(*state)
+            assert seen.acquire(timeout=60)
+
+        return draw(*arguments, codes_callback=wait, **options)
+
+    def run(**options):
+        for frame in frames(pipeline, **options):
+            yield frame
+            if frame.arrived:  # of what was there before the first code no one waits to be seen
+                seen.release()
+
+    pipeline.sample = sample
+    return run
+
+
 def test_codes_are_watched_as_they_arrive():
-    pipeline = make("vqvae2", "pixelcnn")
-    seen = list(frames(pipeline, seconds_per_frame=0.02))
-    arrived = [frame.arrived for frame in seen]
-    assert arrived == sorted(arrived)
-    assert arrived[-1] == seen[-1].length == 20
+    seen = list(in_step(make("vqvae2", "pixelcnn"))())
+    assert [frame.arrived for frame in seen if frame.arrived] == [*range(1, 21), 20]
+    assert all(frame.length == 20 for frame in seen)
     assert all(frame.images.shape == (2, 3, 8, 8) for frame in seen)
     early = next(frame for frame in seen if 0 < frame.arrived < 4)
     assert early.images[:, :, -1, -1].eq(0.5).all()  # nothing there yet
 
 
-def test_frames_keep_the_pace_and_those_that_are_late_are_left_out():
+class DrawnAtOnce:
+    """In the place of a `ThreadPoolExecutor`: what is asked for is done when it is asked for."""
+
+    def __init__(self, num_threads):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def submit(self, function, *arguments, **options):
+        future = Future()
+        future.set_result(function(*arguments, **options))
+        return future
+
+
+def test_frames_keep_the_pace_and_those_that_are_late_are_left_out(monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(actions, "time", clock)
+    monkeypatch.setattr(actions, "ThreadPoolExecutor", DrawnAtOnce)
     pipeline = make("vqvae2", "pixelcnn")
-    pipeline.sample(2)
-    started = time.monotonic()
-    assert [frame.arrived for frame in frames(pipeline, seconds_per_frame=0.1)] == [*range(21), 20]
-    assert time.monotonic() - started > 2
+    assert [frame.arrived for frame in frames(pipeline, seconds_per_frame=0.125)] == [*range(21), 20]
+    assert clock.now == 20 * 0.125
     late = []
     for frame in frames(pipeline, seconds_per_frame=0.02):
-        time.sleep(0.1)
+        clock.sleep(0.1)
         late.append(frame.arrived)
     assert len(late) < 12
     assert late == sorted(late)
 
 
 def test_drawing_stops_when_it_is_told_to():
-    pipeline, stop, seen = make("vqvae2", "pixelcnn"), Event(), []
-    for frame in frames(pipeline, stop=stop, seconds_per_frame=0.02):
-        seen.append(frame)
-        if frame.arrived >= 3:
+    stop, seen = Event(), []
+    for frame in in_step(make("vqvae2", "pixelcnn"))(stop=stop):
+        seen.append(frame.arrived)
+        if frame.arrived == 3:
             stop.set()
-    assert seen[-1].arrived < seen[-1].length
+    assert seen[-1] == 3
 
 
 def test_a_page_that_is_gone_stops_its_drawing():
-    pipeline, told, num_threads = make("vqvae2", "pixelcnn"), [], threading.active_count()
-    running = frames(pipeline, seconds_per_frame=0.02)
-    original = pipeline.sample
+    pipeline, stop, told = make("vqvae2", "pixelcnn"), Event(), []
+    draw = pipeline.sample
 
-    def slow_sample(*arguments, codes_callback, **options):
-        def slowly(*state):
-            told.append(1)
-            threading.Event().wait(0.02)
+    def sample(*arguments, codes_callback, **options):
+        def wait(*state):
+            told.append(threading.current_thread())
             codes_callback(*state)
+            assert stop.wait(timeout=60)
 
-        return original(*arguments, codes_callback=slowly, **options)
+        return draw(*arguments, codes_callback=wait, **options)
 
-    pipeline.sample = slow_sample
+    pipeline.sample = sample
+    running = frames(pipeline, stop=stop)
     next(running)
+    assert told[0].is_alive()
     running.close()
-    assert 0 < len(told) < 20
-    assert threading.active_count() == num_threads
+    assert len(told) == 2  # the second time it finds that it has to stop
+    assert not told[0].is_alive()
 
 
 @pytest.mark.parametrize("watch", [False, True])

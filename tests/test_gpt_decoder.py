@@ -21,7 +21,7 @@ def make(positions: str, **options) -> GPT:
 
 
 @pytest.mark.parametrize("positions", ["rotary", "rotary_2d", "learned"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     block_places=st.integers(1, 20),
     batch=st.integers(1, 4),

@@ -72,7 +72,7 @@ def check_attention(projected, table, place, keys, values):
 
 @DTYPES
 @pytest.mark.parametrize(("elements", "few_programs"), [(1, 1), (4, 1000), (32, 256)])  # blocks of few places and many
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     batch=st.integers(1, 4),
     num_heads=st.integers(1, 3),

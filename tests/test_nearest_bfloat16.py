@@ -30,7 +30,7 @@ def undecided(vectors: torch.Tensor, codebook: torch.Tensor) -> int:
     return len(Screening(codebook)(vectors, torch.empty(len(vectors), dtype=torch.int64)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     num_vectors=st.integers(0, 70),
     codebook_size=st.integers(1, 70),

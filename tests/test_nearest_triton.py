@@ -44,7 +44,7 @@ def fused_here(monkeypatch):
     monkeypatch.setattr(search, "FUSED_DEVICE", DEVICE)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_vectors=st.integers(0, 70),
     codebook_size=st.integers(1, 150),

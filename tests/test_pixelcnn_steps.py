@@ -30,7 +30,7 @@ def by_steps(prior: PixelCNN, codes: tuple[torch.Tensor, ...], classes: torch.Te
     return torch.stack(logits, dim=1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     kernel_size=st.sampled_from([3, 5, 7]),

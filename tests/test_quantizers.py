@@ -2,7 +2,6 @@
 
 import copy
 import math
-import subprocess
 import sys
 from functools import partial
 
@@ -10,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.measure import peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import tiny
+from tests.allocation import training_pass
 from tokenizer.quantizers import EMAVQ, FSQ, LFQ, QUANTIZERS, VQ, Gumbel, Residual, lfq
 from tokenizer.quantizers import nearest as search
 from tokenizer.quantizers.base import straight_through
@@ -137,7 +138,7 @@ def brute_force(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.from_numpy(differences.square().sum(dim=2).numpy().argmin(axis=1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     num_vectors=st.integers(0, 40),
     codebook_size=st.integers(1, 9),
@@ -195,25 +196,12 @@ def test_nearest_does_without_triton_or_a_compiler_for_it(monkeypatch):
     assert torch.equal(nearest(vectors, codebook), brute_force(vectors, codebook))
 
 
-MEMORY_PROBE = """
-import resource, torch
-from tokenizer.quantizers import EMAVQ
-torch.set_num_threads(1)
-quantizer = EMAVQ(codebook_size=8192, code_dim=64, init="normal")
-h = torch.randn(1, 64, 128, 128, requires_grad=True)
-quantizer(h[:, :, :2]).z.sum().backward()  # what the libraries allocate once
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out = quantizer(h)
-(out.z.sum() + out.losses["commitment"]).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
-
-
 def test_peak_memory_of_a_training_pass_is_far_below_the_matrix_of_distances():
-    # In a process of its own: the peak of this one is history.
-    probe = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True)
-    matrix = 16384 * 8192 * 4
-    assert int(probe.stdout) < matrix / 8
+    num_vectors, codebook_size, code_dim = 16384, 8192, 64
+    small = (256, codebook_size, code_dim)
+    peak = peak_memory(training_pass, (num_vectors, codebook_size, code_dim), small, limit_gb=4.0)
+    vectors, matrix = num_vectors * code_dim * 4, num_vectors * codebook_size * 4
+    assert vectors < peak < matrix / 8
 
 
 # Vector quantization

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prior import sampling
@@ -62,7 +62,6 @@ def test_filtered_logits_are_those_of_transformers(temperature, top_k, top_p, mi
     assert ours.isfinite().equal(theirs.isfinite())
 
 
-@settings(deadline=None)
 @given(
     rows,
     st.integers(1, 20),
@@ -115,7 +114,6 @@ def draw(logits, uniform):
     return codes
 
 
-@settings(deadline=None)
 @given(rows, st.floats(0, 1, width=32, exclude_max=True))
 def test_drawing_inverts_the_cumulative_distribution(row, uniform):
     probabilities = np.exp(np.float64(row) - max(row))
