@@ -213,6 +213,10 @@ class ImageDataset(Dataset):
     def captions(self) -> list[str] | None:
         return [self.source.caption(int(index)) for index in self._indices] if self.source.has_captions else None
 
+    def file_digests(self) -> set[bytes]:
+        """Of the images of a folder, whatever their files are called; see `FolderSource.file_digest`."""
+        return set(self._map(self.source.file_digest, self._indices, "comparing images"))
+
     def _probe(self) -> dict[int, Probe]:
         """Looks at the images (at most probe_count of them), leaving out those that cannot be read."""
         count = min(len(self._indices), self.source.probe_count)

@@ -10,7 +10,7 @@ from pipelines.checkpoint import CONFIG_NAME, load_tokenizer
 from pipelines.config import differences, has_config_file, peek, read_yaml
 from pipelines.files import atomic_file, read_json
 from pipelines.images import DataConfig, ImageDataset, contents_of, load_images
-from pipelines.scripting import say_skipped
+from pipelines.scripting import say, say_skipped
 from tokenizer.base import Tokenizer
 
 RUNS = Path("runs")
@@ -116,18 +116,21 @@ def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str, *, run
 
 
 def check_held_out(run: Path, images: ImageDataset) -> None:
-    """Raises ValueError where a split that is carved out of a run's own images would hold images trained on.
+    """Raises ValueError where a split that is carved out would hold images that a run was trained on.
 
     Validation images are chosen by a seed and a share, which must be those of the training. And which images of a
-    folder are carved out depends on all of them: one more, and most of them are images trained on.
+    folder are carved out depends on all of them: one more, and most of them are images trained on. So they are in a
+    copy of the folder with one more; says so on standard error where the folder itself is gone and none can tell.
     """
     path = run / "stage_one" / "config.yaml"
     if images.split == "train" or not images.source.carved or not path.is_file():
         return
     own = DataConfig(**read_yaml(path)["data"])
+    if images.config.name != own.name:
+        return
     in_folder = own.name == "folder"
-    same_root = os.path.realpath(own.root) == os.path.realpath(images.config.root)
-    if images.config.name != own.name or (in_folder and not same_root):
+    elsewhere = in_folder and os.path.realpath(own.root) != os.path.realpath(images.config.root)
+    if elsewhere and _is_other_folder(run, own, images):
         return
     for name in ("split_seed", "validation_fraction") if images.split == "validation" else ():
         asked, trained_with = getattr(images.config, name), getattr(own, name)
@@ -136,13 +139,47 @@ def check_held_out(run: Path, images: ImageDataset) -> None:
                 f"data.{name} is {asked}, but {run} was trained with {trained_with}: the validation split that is "
                 f"carved out would hold training images; leave --data.{name} out, or take --split test"
             )
-    recorded = _contents_trained_on(run) if in_folder else None
+    recorded = _contents_trained_on(run) if in_folder and not elsewhere else None
     if recorded is not None and load_images(replace(own, cache_bytes=0), "train").contents != recorded:
         raise ValueError(
             f"the images in {own.root}, or their captions, are not those that {run} was trained on: the {images.split} "
             f"split that is carved out of them would hold training images; restore them, or put images into train/ "
             f"and {images.split}/ folders, or name another folder with --data.root"
         )
+
+
+def _is_other_folder(run: Path, own: DataConfig, images: ImageDataset) -> bool:
+    """Whether images are not from the run's own folder, moved to another place.
+
+    Raises ValueError where some are copies of those trained on; says so where none can tell.
+    """
+    try:
+        trained_on = load_images(replace(own, cache_bytes=0), "train").file_digests()
+    except ValueError:
+        if _is_moved(run, own, images):
+            return False
+        say(
+            f"{run} was trained on images in {own.root}, which are not there now: none can tell whether some of them "
+            f"are in the {images.split} split that is carved out of {images.config.root}"
+        )
+        return True
+    num_common = len(images.file_digests() & trained_on)
+    if num_common:
+        raise ValueError(
+            f"{num_common} of the {len(images)} images of the {images.split} split that is carved out of "
+            f"{images.config.root} are among those in {own.root} that {run} was trained on; leave --data.root out, or "
+            f"put images into train/ and {images.split}/ folders"
+        )
+    return True
+
+
+def _is_moved(run: Path, own: DataConfig, images: ImageDataset) -> bool:
+    as_found = {name: getattr(images.config, name) for name in ("root", "image_size", "channels")}
+    try:
+        there = load_images(replace(own, cache_bytes=0, **as_found), "train")
+    except ValueError:
+        return False
+    return there.contents == _contents_trained_on(run)
 
 
 def _contents_trained_on(run: Path) -> str | None:

@@ -123,22 +123,23 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must lie in [0, 2^63), got {seed}")
 
 
+def say(line: str) -> None:
+    """Once per machine, on standard error."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
 def say_skipped(*data_sets: ImageDataset) -> None:
-    """Names and counts the files that were left out, once per machine, on standard error."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
+    """Names and counts the files that were left out."""
     for images in data_sets:
         if images.skipped:
             named = ", ".join(map(str, images.skipped[:10])) + (", ..." if len(images.skipped) > 10 else "")
             count = len(images.skipped)
-            print(
-                f"left out {count} unreadable of {count + len(images)} {images.split} images: {named}", file=sys.stderr
-            )
+            say(f"left out {count} unreadable of {count + len(images)} {images.split} images: {named}")
 
 
 def say_unused_captions(*data_sets: ImageDataset) -> None:
-    """Says why what seem to be captions are not used, once per machine, on standard error."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        for reason in dict.fromkeys(images.source.unused_captions for images in data_sets):
-            if reason is not None:
-                print(reason, file=sys.stderr)
+    """Says why what seem to be captions are not used."""
+    for reason in dict.fromkeys(images.source.unused_captions for images in data_sets):
+        if reason is not None:
+            say(reason)

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -980,10 +982,10 @@ def test_the_summary_names_every_number_and_every_reason(evaluated):
 # ------------------------------------------------------------------------------------------------
 
 
-def save_folder(root, count: int = 40):
+def save_folder(root, count: int = 40, first: int = 0):
     root.mkdir()
     for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        pixels = np.random.default_rng(first + number).integers(0, 256, (8, 8), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{number:02}.png")
     return root
 
@@ -1035,7 +1037,7 @@ def test_a_split_that_would_hold_training_images_is_refused(change, where, tmp_p
 
 
 def test_other_images_than_a_runs_own_are_no_reason_to_refuse(tmp_path):
-    root, other = save_folder(tmp_path / "pictures"), save_folder(tmp_path / "others", 30)
+    root, other = save_folder(tmp_path / "pictures"), save_folder(tmp_path / "others", 30, first=100)
     config = DataConfig(name="folder", root=str(root))
     tokenizer = make(preprocessing=load_images(config, "train").preprocessing).tokenizer
     record_run(tmp_path / "run", config, where="state")
@@ -1049,6 +1051,39 @@ def test_other_images_than_a_runs_own_are_no_reason_to_refuse(tmp_path):
         path.rename(root / "train" / path.name)
     save_folder(root / "test", 5)
     assert len(load_images_for(tokenizer, config, "test", run=tmp_path / "run")) == 5  # which are what they are called
+
+
+def test_a_changed_copy_of_a_runs_images_is_refused(tmp_path, capsys):
+    root = save_folder(tmp_path / "pictures")
+    config = DataConfig(name="folder", root=str(root))
+    tokenizer = make(preprocessing=load_images(config, "train").preprocessing).tokenizer
+    record_run(tmp_path / "run", config, where="state")
+    copy = replace(config, root=str(shutil.copytree(root, tmp_path / "copy")))
+    held_out = load_images_for(tokenizer, config, "test", run=tmp_path / "run")
+    assert len(load_images_for(tokenizer, copy, "test", run=tmp_path / "run")) == len(held_out)
+    for path in sorted(Path(copy.root).iterdir()):  # by other names others are held out
+        path.rename(path.with_name(f"{99 - int(path.stem):02}.png"))
+    common = len(load_images(copy, "test").file_digests() - held_out.file_digests())
+    assert common > 0
+    with pytest.raises(ValueError, match=rf"{common} of the .* carved out of {copy.root} are among those in {root} "):
+        load_images_for(tokenizer, copy, "test", run=tmp_path / "run")
+    assert capsys.readouterr().err == ""
+    root.rename(tmp_path / "gone")
+    load_images_for(tokenizer, copy, "test", run=tmp_path / "run")
+    assert f"was trained on images in {root}, which are not there now" in capsys.readouterr().err
+
+
+def test_a_runs_images_may_be_moved(tmp_path, capsys):
+    root = save_folder(tmp_path / "pictures")
+    config = DataConfig(name="folder", root=str(root), max_images=25)
+    tokenizer = make(preprocessing=load_images(config, "train").preprocessing).tokenizer
+    record_run(tmp_path / "run", config, where="codes")
+    moved = replace(config, root=str(root.rename(tmp_path / "moved")))
+    for split in ("test", "validation"):
+        load_images_for(tokenizer, replace(moved, max_images=2), split, run=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"data\.split_seed is 1, but .* was trained with 0"):
+        load_images_for(tokenizer, replace(moved, split_seed=1), "validation", run=tmp_path / "run")
+    assert capsys.readouterr().err == ""
 
 
 # The script
