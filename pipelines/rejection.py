@@ -71,7 +71,9 @@ def rejection_sample(
         images = decode_codes(pipeline.tokenizer, codes, seeds, batch_size=batch_size).float()
         with torch.no_grad():
             scores = [
-                _scores(score, classifier, part, None if own is None else own[start : start + len(part)])
+                _scores(
+                    pipeline.prior, score, classifier, part, None if own is None else own[start : start + len(part)]
+                )
                 for start, part in zip(range(0, len(images), batch_size), images.split(batch_size))
             ]
         return images.cpu(), own, torch.cat(scores)
@@ -160,15 +162,15 @@ def _groups(labels: Tensor | None, num_images: int) -> list[list[int]]:
     return [[i for i, key in enumerate(keys) if key == group] for group in dict.fromkeys(keys)]
 
 
-def _scores(score: Score | None, classifier: Score | None, images: Tensor, labels: Tensor | None) -> Tensor:
+def _scores(prior, score: Score | None, classifier: Score | None, images: Tensor, labels: Tensor | None) -> Tensor:
     if score is not None:
         scores = torch.as_tensor(score(images), device="cpu").detach().float()
     else:
         logits = torch.as_tensor(classifier(images), device="cpu").detach().float()
-        if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] <= labels.max():
+        if logits.shape != (len(images), prior.num_classes):
             raise ValueError(
                 f"classifier must give logits of shape ({len(images)}, number of classes) for {len(images)} images, "
-                f"got {tuple(logits.shape)}"
+                f"got {tuple(logits.shape)}; the prior has {prior.num_classes} classes"
             )
         scores = logits.softmax(dim=1).gather(1, labels.cpu()[:, None])[:, 0]
     if scores.shape != (len(images),) or not scores.isfinite().all():

@@ -594,21 +594,26 @@ class Pipeline:
         """Labels of a command line, where the name "7" and the number 7 look alike: where a number is a name, the name.
 
         Raises:
-            ValueError: a number that may have been a name with leading zeros, such as 001, before YAML read it.
+            ValueError: a number that may stand for a name with leading zeros, such as 001, which it loses where YAML
+                reads a list; in a list, what is quoted is meant as it is.
         """
         if isinstance(labels, list):
-            return [self.labels_as_typed(label) for label in labels]
-        if isinstance(labels, str):
-            return int(labels) if _is_number(labels) and labels not in self.class_names else labels
-        if labels is None or str(labels) in self.class_names:
-            return labels if labels is None else str(labels)
-        for name in self.class_names:
-            if _is_number(name) and int(name) == labels:
+            return [self._label_as_typed(label, exact=isinstance(label, str)) for label in labels]
+        return self._label_as_typed(labels, exact=False)
+
+    def _label_as_typed(self, label: int | str | None, exact: bool) -> int | str | None:
+        if label is None or str(label) in self.class_names:
+            return label if label is None else str(label)
+        if isinstance(label, str) and not _is_number(label):
+            return label
+        number = int(label) if isinstance(label, str) else label
+        for name in () if exact else self.class_names:
+            if _is_number(name) and int(name) == number:
                 raise ValueError(
-                    f"class label {labels} may be the class '{name}', whose zeros are lost where it is read as a "
+                    f"class label {label} may be the class '{name}', whose zeros are lost where it is read as a "
                     f"number; quote it, as in '[\"{name}\"]'"
                 )
-        return labels
+        return number
 
     def _conditions(self, class_labels, prompts, num_images: int, generators) -> Tensor | None:
         """What the prior calls labels: class labels, or the token ids of prompts."""

@@ -279,7 +279,7 @@ def test_a_number_on_a_command_line_is_a_class_of_that_name():
     for typed, expected in [("001", "001"), ("0", 0), (["010", "1", "02"], ["010", 1, 2]), ("cat", "cat"), (0, 0),
                             (2, 2), ("-1", "-1")]:  # fmt: skip
         assert pipeline.labels_as_typed(typed) == expected
-    for typed, name in [(1, "001"), ([0, 10], "010")]:
+    for typed, name in [(1, "001"), ("1", "001"), ("01", "001"), ([0, 10], "010")]:
         with pytest.raises(ValueError, match=rf"may be the class '{name}', .* quote it, as in '\[\"{name}\"\]'$"):
             pipeline.labels_as_typed(typed)
 

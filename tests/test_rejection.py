@@ -142,6 +142,8 @@ def test_a_classifier_scores_by_the_probability_of_an_images_own_class():
         make().rejection_sample(1, classifier=classifier, threshold=0.5)
     with pytest.raises(ValueError, match=r"logits of shape \(1, number of classes\) for 1 images, got \(1, 2\)"):
         pipeline.rejection_sample(1, class_labels=2, classifier=lambda x: classifier(x)[:, :2], threshold=0.5)
+    with pytest.raises(ValueError, match=r"got \(1, 6\); the prior has 3 classes"):  # of other data
+        pipeline.rejection_sample(1, class_labels=2, classifier=lambda x: classifier(x).repeat(1, 2), threshold=0.5)
 
 
 @pytest.mark.parametrize("how", [{"threshold": 0.0}, {"keep_fraction": 0.5}], ids=lambda how: next(iter(how)))
