@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import yaml
 
 from pipelines.checkpoint import CONFIG_NAME, load_tokenizer
@@ -11,6 +12,7 @@ from pipelines.config import differences, has_config_file, peek, read_yaml
 from pipelines.files import atomic_file, read_json
 from pipelines.images import DataConfig, ImageDataset, contents_of, load_images
 from pipelines.scripting import say, say_skipped
+from pipelines.two_stage import Pipeline
 from tokenizer.base import Tokenizer
 
 RUNS = Path("runs")
@@ -39,6 +41,15 @@ def _last_trained(folder: Path, containing: str) -> float:
     """When its weights were written, since an evaluation writes other files anew."""
     weights = [path for part in ("tokenizer", "prior") for path in folder.glob(f"{part}/*.safetensors")]
     return max(path.stat().st_mtime for path in weights or [folder / containing])
+
+
+def load_pipeline(run: str | Path, device: torch.device | str | None = None) -> Pipeline:
+    """`Pipeline.from_pretrained`, which says so where a run has a prior of what its tokenizer was before."""
+    pipeline = Pipeline.from_pretrained(run, device=device)
+    prior = Path(run) / "prior"
+    if prior.is_dir() and not pipeline.has_stage_two:
+        say(f"{prior} is not used: it is left out of the pipeline, since it belongs to another tokenizer")
+    return pipeline
 
 
 def find_codes(run: str | None) -> Path:

@@ -10,18 +10,24 @@ from prior.base import Prior
 from tokenizer.base import Tokenizer
 
 
-def save_stage_one(folder: Path, tokenizer: Tokenizer, class_names: Sequence[str], metrics: dict) -> None:
-    """Makes a run folder a pipeline with the tokenizer's own prior, unless it already has one that belongs."""
+def save_stage_one(folder: Path, tokenizer: Tokenizer, class_names: Sequence[str], metrics: dict) -> bool:
+    """Makes a run folder a pipeline with the tokenizer's own prior, unless it already has one that belongs.
+
+    Returns whether a prior in the folder is left out, since it belongs to what the tokenizer was before.
+    """
+    left_out = (folder / "prior").exists()
     measured = _named("tokenizer", metrics)
     try:
         known = Pipeline.from_pretrained(folder)
+        left_out &= not known.has_stage_two
         if known.has_stage_two or measured.items() <= known.metrics.items():
-            return  # the tokenizer is the one described there already
+            return left_out  # the tokenizer is the one described there already
     except ValueError:
-        if (folder / "prior").exists():
+        if left_out:
             print(f"{folder / 'prior'} does not belong to this tokenizer and is left out of the pipeline; "
-                  f"to train another, remove {folder / 'stage_two'}")  # fmt: skip
+                  f"to train another, give another --output, or remove {folder / 'stage_two'}")  # fmt: skip
     Pipeline(tokenizer, class_names=class_names, metrics=measured).save_index(folder)
+    return left_out
 
 
 def save_stage_two(

@@ -140,7 +140,8 @@ def fit(
         folder: receives state/, best/, log.jsonl and the trackers' files.
         config: see `TrainingConfig`.
         resolved: the whole configuration of the run, by which a continued run is known to be the same.
-        on_start: called on the main process once the folder is known to be this run's, for what it may overwrite there.
+        on_start: called on the main process once the folder is known to be this run's, for what it may overwrite there;
+            not where the run has more steps than are asked for, so that nothing is trained.
         on_evaluate: called as on_evaluate(step, model) on the main process at every evaluation, for pictures.
     Raises:
         ValueError: the folder belongs to another configuration, or had states that are damaged or gone; or the batch
@@ -152,7 +153,7 @@ def fit(
     lock = folder_lock(folder) if accelerator.is_main_process else nullcontext()
     with lock, StopRequest() as stop:
         run = _Run(accelerator, updates, train_data, validation_data, folder, config, resolved, on_evaluate)
-        if on_start and accelerator.is_main_process:
+        if on_start and accelerator.is_main_process and run.progress.step <= config.total_steps:
             on_start()
         try:
             return run.train(stop)
@@ -307,6 +308,11 @@ class _Run:
         if self.accelerator.is_main_process:
             drop_log_after(self.folder / "log.jsonl", self.progress.step)
         self.accelerator.print(f"continuing from step {self.progress.step} ({state})")
+        if self.progress.step > self.config.total_steps:
+            self.accelerator.print(
+                f"training.total_steps is {self.config.total_steps}, and these are more: nothing is trained"
+            )
+            return
         total_steps = info["config"].get("training", {}).get("total_steps", self.config.total_steps)
         if total_steps != self.config.total_steps and "constant" not in self.config.lr_schedule:
             self.accelerator.print(

@@ -22,9 +22,8 @@ from pipelines.config import parse, peek, plain
 from pipelines.masks import as_mask, named_mask, open_image
 from pipelines.pictures import check_picture, save_grid
 from pipelines.pipeline_index import INDEX_NAME
-from pipelines.runs import find_run
+from pipelines.runs import find_run, load_pipeline
 from pipelines.scripting import Outcome, check_seed, choose_device, refuse_several_processes, run_script
-from pipelines.two_stage import Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")
 CONDITIONS = ("class_labels", "prompts", "num_candidates", "keep_known_pixels")
@@ -112,7 +111,7 @@ def main() -> Outcome:
         raise ValueError("interpolation needs at least two images")
     pictures = [open_image(path) for path in paths]
     run = config["run"] or find_run(None, INDEX_NAME)
-    pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
+    pipeline = load_pipeline(run, choose_device(config["device"]))
     pipeline.set_progress_bar_config(disable=None)  # in a terminal only
     options = {name: config[name] for name in (*SAMPLING, *CONDITIONS)}
     options["class_labels"] = pipeline.labels_as_typed(config["class_labels"])

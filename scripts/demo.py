@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import parse
-from pipelines.runs import find_run
+from pipelines.runs import find_run, load_pipeline
 from pipelines.scripting import choose_device, refuse_several_processes, run_script
 
 
@@ -46,13 +46,12 @@ def main() -> None:
     from pipelines.demo.actions import Limits
     from pipelines.demo.server import import_gradio, serve
     from pipelines.pipeline_index import INDEX_NAME
-    from pipelines.two_stage import Pipeline
 
     limits = Limits(**{name: config[name] for name in Limits.__dataclass_fields__})
     device = choose_device(config["device"])
     run = config["run"] or find_run(None, INDEX_NAME)
     import_gradio()
-    pipeline = Pipeline.from_pretrained(run, device=device)
+    pipeline = load_pipeline(run, device)
     pipeline.set_progress_bar_config(disable=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed
     serve(pipeline, limits, Path(run).name, host=config["host"], port=config["port"])

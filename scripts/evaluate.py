@@ -27,7 +27,7 @@ from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
 from pipelines.pipeline_index import INDEX_NAME
-from pipelines.runs import find_run, load_images_for, saved_data_section
+from pipelines.runs import find_run, load_images_for, load_pipeline, saved_data_section
 from pipelines.scripting import Outcome, check_writable, choose_device, refuse_several_processes, run_script
 from pipelines.two_stage import Pipeline
 
@@ -82,7 +82,7 @@ def main() -> Outcome:
     check_writable(run / RESULT_NAME)
     if isinstance(config["metrics"], str):
         config["metrics"] = [config["metrics"]]
-    pipeline = Pipeline.from_pretrained(run, device=choose_device(config["device"]))
+    pipeline = load_pipeline(run, choose_device(config["device"]))
     set_ais_sizes(pipeline.prior, **{name: config[name] for name in ("ais_temperatures", "ais_chains")})
     pipeline.set_progress_bar_config(disable=None)
     images = load_images_for(pipeline.tokenizer, DataConfig(**config["data"]), config["split"], run=run)

@@ -23,10 +23,9 @@ from pipelines.animation import CodeRecording, save_animation
 from pipelines.config import parse, peek
 from pipelines.pictures import check_picture, class_columns, save_grid
 from pipelines.pipeline_index import INDEX_NAME
-from pipelines.runs import find_run
+from pipelines.runs import find_run, load_pipeline
 from pipelines.scripting import Outcome, check_seed, run_script
 from pipelines.shards import Shards
-from pipelines.two_stage import Pipeline
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule", "batch_size")
 
@@ -95,7 +94,7 @@ def main() -> Outcome | None:
         check_picture(Path(config["animation"]), suffix=".gif")
     shards = Shards(config["device"])
     run = config["run"] or find_run(None, INDEX_NAME)
-    pipeline = Pipeline.from_pretrained(run, device=shards.device)
+    pipeline = load_pipeline(run, shards.device)
     pipeline.set_progress_bar_config(disable=None if shards.is_first else True)  # in a terminal only
 
     num_images, prompts = config["num_images"], config["prompts"]

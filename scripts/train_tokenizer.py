@@ -89,7 +89,7 @@ def main() -> Outcome | None:
     tokenizer.to(accelerator.device).eval()
     if accelerator.is_main_process:
         save_model(tokenizer, folder / "tokenizer")
-        save_stage_one(folder, tokenizer, train_images.class_names, result.metrics)
+        prior_is_old = save_stage_one(folder, tokenizer, train_images.class_names, result.metrics)
         save_reconstructions(tokenizer, validation_images, folder / "reconstructions.png")
         if not isinstance(tokenizer.prior, Uniform):
             save_samples(tokenizer.prior, tokenizer, folder / "samples.png")
@@ -100,6 +100,9 @@ def main() -> Outcome | None:
             "and its prior is the one learned here"
         )
         return outcome if accelerator.is_main_process else None
+    next_command = ["accelerate", "launch", "scripts/train_prior.py", "--run", str(folder)]
+    if accelerator.is_main_process and prior_is_old:
+        next_command += ["--output", f"{folder}-prior"]  # the old one's states are in this folder
     batch_size = training.batch_size // training.gradient_accumulation_steps // accelerator.num_processes
     for split, images in {"train": train_images, "validation": validation_images}.items():
         write_codes(
@@ -116,7 +119,7 @@ def main() -> Outcome | None:
         )
     outcome.values |= {
         "codes": str(folder / "codes"),
-        "next": shlex.join(["accelerate", "launch", "scripts/train_prior.py", "--run", str(folder)]),
+        "next": shlex.join(next_command),
     }
     return outcome if accelerator.is_main_process else None
 

@@ -1,6 +1,7 @@
 """Images: the same pixels whatever the process, worker, or resume; every odd file named or defined."""
 
 import errno
+import inspect
 import os
 import pickle
 import struct
@@ -738,5 +739,5 @@ def test_unknown_split_is_refused():
 
 
 def test_every_option_is_documented():
-    documented = DataConfig.__doc__
-    assert all(f"        {name}: " in documented for name in DataConfig.__dataclass_fields__)
+    documented = inspect.getdoc(DataConfig)
+    assert all(f"    {name}: " in documented for name in DataConfig.__dataclass_fields__)

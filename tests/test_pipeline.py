@@ -28,6 +28,7 @@ from pipelines.pictures import (
     save_samples,
     side_by_side,
 )
+from pipelines.runs import load_pipeline
 from pipelines.stages import save_stage_one, save_stage_two
 from pipelines.text import TextConfig, TextTokenizer
 from prior import PRIORS, Prior
@@ -633,7 +634,7 @@ def test_numbers_of_an_earlier_model_leave_the_card(tmp_path):
     assert Pipeline.from_pretrained(tmp_path).metrics == expected
 
 
-def test_a_run_folder_is_a_pipeline_after_each_stage(tmp_path):
+def test_a_run_folder_is_a_pipeline_after_each_stage(tmp_path, capsys):
     tokenizer = make_tokenizer()
     save_model(tokenizer, tmp_path / "tokenizer")
     save_stage_one(tmp_path, tokenizer, NAMES, {"psnr": 20.0})
@@ -643,12 +644,16 @@ def test_a_run_folder_is_a_pipeline_after_each_stage(tmp_path):
     save_stage_two(tmp_path, tokenizer, prior, NAMES, {"nll": 1.0})
     pipeline = Pipeline.from_pretrained(tmp_path)
     assert pipeline.metrics == {"validation tokenizer psnr": 20.0, "validation prior nll": 1.0}
-    save_stage_one(tmp_path, tokenizer, NAMES, {"psnr": 21.0})  # the same tokenizer: stage two stays
-    assert Pipeline.from_pretrained(tmp_path).has_stage_two
+    assert not save_stage_one(tmp_path, tokenizer, NAMES, {"psnr": 21.0})  # the same tokenizer: stage two stays
+    assert load_pipeline(tmp_path).has_stage_two
+    assert capsys.readouterr().err == ""
     other = make_tokenizer()  # a new one: the prior does not belong to it any more
     save_model(other, tmp_path / "tokenizer")
-    save_stage_one(tmp_path, other, NAMES, {"psnr": 22.0})
-    assert not Pipeline.from_pretrained(tmp_path).has_stage_two
+    for _ in range(2):  # also when it is found so
+        assert save_stage_one(tmp_path, other, NAMES, {"psnr": 22.0})
+    assert "give another --output, or remove" in capsys.readouterr().out
+    assert not load_pipeline(tmp_path).has_stage_two
+    assert f"{tmp_path / 'prior'} is not used" in capsys.readouterr().err
 
 
 # Answers as the hub does, and keeps what is committed. Run in another process, because this one is offline.

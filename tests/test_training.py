@@ -265,6 +265,16 @@ def test_a_prolonged_run_takes_its_first_step_at_the_rate_of_its_new_schedule(tm
     assert "follows the schedule of the new total, 0.0005 now" in capsys.readouterr().out
 
 
+def test_a_run_of_more_steps_than_asked_for_stays_as_it_is(tmp_path, capsys):
+    config, started = replace(CONFIG, lr_schedule="linear", warmup_steps=0, total_steps=4), []
+    best = train("gpt", tmp_path, config, on_start=lambda: started.append(4)).best_step
+    result = train("gpt", tmp_path, replace(config, total_steps=3), on_start=lambda: started.append(3))
+    assert (result.steps_run, result.best_step, started) == (0, best, [4])
+    said = capsys.readouterr().out
+    assert "training.total_steps is 3, and these are more: nothing is trained" in said
+    assert "learning rate" not in said
+
+
 def test_another_configuration_is_refused_by_name(tmp_path):
     train("gpt", tmp_path)
     with pytest.raises(ValueError, match=r"training.learning_rate: 0.001 -> 0.5.*--output"):

@@ -80,12 +80,15 @@ def pixels_of(preprocessing: dict) -> str:
     return f"2 discrete values, one fixed draw with seed {preprocessing['binarize_seed']}"
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on, where they are installed."""
+def versions(packages: Sequence[str] = VERSIONS_OF) -> dict[str, str]:
+    """Of Python and of packages that numbers depend on, where they are installed."""
+    import torch  # here, since results are compared without it
+
     found = {"python": platform.python_version()}
-    for name in VERSIONS_OF:
+    for name in packages:
         try:
-            found[name] = version(name)
+            # which build of torch it is, its package does not say
+            found[name] = torch.__version__ if name == "torch" else version(name)
         except PackageNotFoundError:
             continue
     return found

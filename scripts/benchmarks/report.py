@@ -3,7 +3,6 @@
 import platform
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from benchmarks.floors import machine_floors
 from benchmarks.measure import Clock, Timing
 from benchmarks.peers import Peers
+from pipelines.evaluation.protocol import versions
 from pipelines.files import atomic_file, write_json_atomic
 from pipelines.images import num_usable_cores
 
@@ -90,7 +90,7 @@ class Report:
             "benchmark": benchmark,
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(clock),
-            "versions": installed(PACKAGES) | peers.versions(),
+            "versions": versions(PACKAGES) | peers.versions(),
             "clock": clock.name,
             "rounds": rounds,
             "memory_limit_gb": memory_gb,
@@ -167,16 +167,6 @@ def place(head: dict) -> str:
     if "gpu" in machine:
         return f"{machine['gpu']}, {head['clock']}"
     return f"{machine['cpu']}, {head['clock']} of {machine['threads']} thread(s)"
-
-
-def installed(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = torch.__version__ if package == "torch" else version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _spread(ratios: list[float] | None) -> str:
