@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipelines.drawing import decode_codes, draw_codes, encode_images, one_generator_each
 from pipelines.masks import code_masks, fill_from_around
-from prior.base import Codes
+from prior.base import Codes, Prior
 from prior.sampling import ImageNoise
 
 Ranking = Literal["log_prob", "importance"]
@@ -41,6 +41,15 @@ def check_candidates(num_candidates: int, ranking: str, batch_size: int) -> None
         raise ValueError(f"num_candidates and batch_size must be at least 1, got {num_candidates} and {batch_size}")
     if ranking not in get_args(Ranking):
         raise ValueError(f"unknown ranking {ranking!r}; choose from {', '.join(get_args(Ranking))}")
+
+
+def check_weighable(prior: Prior, otherwise: str) -> None:
+    """Raises ValueError, with what to do otherwise, for a prior under which candidates have no importance weights."""
+    if type(prior).log_prob_by_code is Prior.log_prob_by_code:
+        raise ValueError(
+            f"{type(prior).__name__} does not predict one code after another, so that candidates have no importance "
+            f"weights; {otherwise}"
+        )
 
 
 def candidate_generators(generators: list[torch.Generator], num_candidates: int) -> list[torch.Generator]:

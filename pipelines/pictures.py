@@ -1,6 +1,7 @@
 """Pictures that a person looks at: grids of reconstructions and samples."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -44,12 +45,25 @@ def _with_header(picture: Image.Image, column_width: int, names: Sequence[str]) 
     """The picture with a line of names above it, each cut off where the next column begins."""
     whole = Image.new(picture.mode, (picture.width, picture.height + TEXT_HEIGHT), "white")
     whole.paste(picture, (0, TEXT_HEIGHT))
-    font = ImageFont.load_default(TEXT_HEIGHT - 5)
+    font = _font("".join(names), TEXT_HEIGHT - 5)
     for column, name in enumerate(names):
         label = Image.new(picture.mode, (column_width - PADDING, TEXT_HEIGHT), "white")
         ImageDraw.Draw(label).text((0, 0), name, fill="black", font=font)
         whole.paste(label, (PADDING + column * column_width, 0))
     return whole
+
+
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own, which knows ASCII alone, or one of more letters where they are needed and there is one."""
+    if not text.isascii():
+        for name in ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf"):  # of Linux, macOS, Windows
+            with suppress(OSError):
+                return ImageFont.truetype(name, size)
+        with suppress(ImportError, OSError):
+            import matplotlib
+
+            return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    return ImageFont.load_default(size)
 
 
 def check_picture(path: Path, columns: int = 1, suffix: str = ".png") -> None:

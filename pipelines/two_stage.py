@@ -26,7 +26,7 @@ from pipelines.checkpoint import (
     saving,
     uncompiled,
 )
-from pipelines.completion import Completions, Ranking, candidate_generators, check_candidates, complete
+from pipelines.completion import Completions, Ranking, candidate_generators, check_candidates, check_weighable, complete
 from pipelines.drawing import Generators, decode_codes, draw_codes, draw_labels, one_generator_each
 from pipelines.files import atomic_file, write_json_atomic
 from pipelines.masks import as_mask, check_geometry, check_mask_sizes
@@ -335,6 +335,8 @@ class Pipeline:
         check_output_type(output_type)
         _check_options(self.complete, options)
         check_candidates(num_candidates, ranking, batch_size)
+        if ranking == "importance":
+            check_weighable(self.prior, "take ranking = 'log_prob'")
         check_geometry(self.tokenizer)
         check_mask_sizes(mask, images)
         pixels = self.prepare(images)
@@ -397,6 +399,8 @@ class Pipeline:
         check_output_type(output_type)
         _check_options(self.outpaint, options)
         check_candidates(num_candidates, "importance", batch_size)
+        if num_candidates > 1:
+            check_weighable(self.prior, "take num_candidates = 1")
         size, position, stride = check_canvas(self.tokenizer, size, position, stride)
         pixels = self.prepare(images)
         generators = one_generator_each(len(pixels), generator)

@@ -44,13 +44,14 @@ def main() -> None:
     refuse_several_processes()
     config = parse(__doc__, {}, Options)
     from pipelines.demo.actions import Limits
-    from pipelines.demo.server import import_gradio, serve
+    from pipelines.demo.server import check_port, import_gradio, serve
     from pipelines.pipeline_index import INDEX_NAME
 
     limits = Limits(**{name: config[name] for name in Limits.__dataclass_fields__})
     device = choose_device(config["device"])
     run = config["run"] or find_run(None, INDEX_NAME)
     import_gradio()
+    check_port(config["host"], config["port"])
     pipeline = load_pipeline(run, device)
     pipeline.set_progress_bar_config(disable=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed

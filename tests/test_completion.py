@@ -459,8 +459,11 @@ def test_candidates_of_independent_codes_weigh_the_same():
 
 def test_priors_that_cannot_weigh_single_codes_say_so():
     pipeline = make("vqvae", "rbm")
-    with pytest.raises(ValueError, match="RBM does not predict one code after another"):
+    with pytest.raises(ValueError, match=r"RBM does not predict one code after another.* take ranking = 'log_prob'"):
         pipeline.complete(torch.zeros(1, 3, 8, 8), TOP_HALF, num_candidates=2, ranking="importance")
+    with pytest.raises(ValueError, match=r"RBM does not predict one code after another.* take num_candidates = 1"):
+        pipeline.outpaint(torch.zeros(1, 3, 8, 8), (8, 12), num_candidates=2)
+    assert pipeline.outpaint(torch.zeros(1, 3, 8, 8), (8, 12), output_type="pt").shape == (1, 3, 8, 12)
 
 
 def test_the_script_tells_the_weights_of_candidates(tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw
 from pipelines.code_pictures import LARGEST_CELL, NO_CODE, code_picture, wrapped
 from pipelines.demo import actions, canvas
 from pipelines.demo.actions import ANY_CLASS, NO_CLASS, PAINTED, Choices, Limits
-from pipelines.demo.server import is_loopback
+from pipelines.demo.server import check_port, is_loopback
 from pipelines.masks import code_masks
 from tests import tiny
 from tests.test_pipeline import NAMES, PREPROCESSING, make, make_tokenizer, seed
@@ -67,6 +68,22 @@ def condition(pipeline):
 def frames(pipeline, num_images=2, choices=None, **options):
     options = {"limits": LIMITS, "stop": Event(), "seconds_per_frame": 0.0, **options}
     return actions.sample(pipeline, num_images, choices or Choices(condition(pipeline)), **options)
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 99999])
+def test_what_is_no_port_is_refused(port):
+    with pytest.raises(ValueError, match=rf"port must lie in \[1, 65535\], got {port}"):
+        check_port("127.0.0.1", port)
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} of 127.0.0.1 cannot be .*\(.+\); give another --port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", None)
+    with pytest.raises(ValueError, match=r"of nowhere.invalid cannot be"):
+        check_port("nowhere.invalid", 7860)
 
 
 # Uploads

@@ -823,6 +823,12 @@ def test_names_stand_above_the_columns():
     assert dark[:, 134:198].any()
 
 
+def test_names_have_letters_beyond_ascii():
+    images = torch.zeros(1, 3, 64, 64)
+    first, second = (np.asarray(grid_picture(images, 1, [name])) for name in ("ä", "ß"))
+    assert (first != second).any()  # what a font lacks is a box, whatever it is
+
+
 def test_a_grid_of_classes_has_a_column_for_each():
     pipeline = make(num_classes=3)
     assert class_columns(pipeline, rows=2) == ([0, 1, 2, 0, 1, 2], NAMES)

@@ -3,6 +3,7 @@
 import ipaddress
 import math
 import os
+import socket
 import sys
 import tempfile
 import threading
@@ -55,6 +56,23 @@ def refuse_outgoing_connections() -> None:
             raise PermissionError(f"the demo connects to no other machine, but a connection to {host} was asked for")
 
     sys.addaudithook(check)
+
+
+def check_port(host: str, port: int | None) -> None:
+    """Raises ValueError for a port that is none or cannot be listened at."""
+    if port is None:
+        return
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port must lie in [1, 65535], got {port}")
+    try:
+        address = host.strip("[]")
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((address, port), family=family).close()
+    except OSError as error:
+        raise ValueError(
+            f"port {port} of {host} cannot be listened at ({error.strerror}); give another --port, or none to take the "
+            "first free one from 7860 on"
+        ) from error
 
 
 def serve(pipeline: Pipeline, limits: Limits, name: str, *, host: str, port: int | None) -> None:
