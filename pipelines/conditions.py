@@ -53,9 +53,10 @@ def condition_on(
     if not classes:
         return Condition()
     if train_codes.num_classes and issubclass(PRIORS[prior], BitPrior):
+        able = (name for name, other in PRIORS.items() if not (issubclass(other, BitPrior) or other.Config.takes_real))
         raise ValueError(
             f"the codes have {train_codes.num_classes} classes, on which the prior '{prior}' "
-            "cannot be conditional; add --class_conditional false, or take gpt, pixelcnn or pixelsnail"
+            f"cannot be conditional; add --class_conditional false, or take one of {', '.join(able)}"
         )
     check_same_classes(train_codes, validation_codes)
     return Condition({"num_classes": train_codes.num_classes})

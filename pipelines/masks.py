@@ -4,6 +4,7 @@ Letters: B images, C channels, H W height and width in pixels, h w of a map of c
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -152,6 +153,8 @@ def named_mask(mask: str | Sequence[int], tokenizer: Tokenizer) -> Tensor | Imag
     """
     height, width = tokenizer.config.image_shape[1:]
     if isinstance(mask, str) and mask not in HALVES:
+        if not Path(mask).exists():
+            raise ValueError(f"there is no file '{mask}'; a mask is one of {', '.join(HALVES)}, a box, or an image")
         return open_image(mask)
     halves = {
         "top": (0, 0, height // 2, width),

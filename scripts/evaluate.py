@@ -28,7 +28,14 @@ from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
 from pipelines.pipeline_index import INDEX_NAME
 from pipelines.runs import find_run, load_images_for, load_pipeline, saved_data_section
-from pipelines.scripting import Outcome, check_writable, choose_device, refuse_several_processes, run_script
+from pipelines.scripting import (
+    Outcome,
+    check_seed,
+    check_writable,
+    choose_device,
+    refuse_several_processes,
+    run_script,
+)
 from pipelines.two_stage import Pipeline
 
 
@@ -78,6 +85,7 @@ def data_of_the_run() -> dict:
 def main() -> Outcome:
     refuse_several_processes()
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
+    check_seed(config["seed"])
     run = find_run(config["run"], INDEX_NAME)
     check_writable(run / RESULT_NAME)
     if isinstance(config["metrics"], str):

@@ -321,7 +321,8 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
     assert "holds another tokenizer" in done.stderr
     assert fingerprint(load_tokenizer(other / "tokenizer")) == fingerprint(tokenizer)
     done = run(tmp_path, "train_prior", "--run", str(run_folder), "--prior.type", "rbm", "--output", "own")
-    assert "add --class_conditional false" in done.stderr
+    assert "add --class_conditional false, or take one of " in done.stderr
+    assert "gpt, factorial\n" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -343,6 +344,12 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
             ["--images", "[x.png, y.png]", "--interpolate", "4", "--batch_size", "2"],
             "--interpolate makes no use of --batch_size; leave it out",
         ),
+        (
+            "train_tokenizer",
+            ["--output", "file"],
+            "file/stage_one cannot be a folder, since there is a file in its place",
+        ),
+        ("train_tokenizer", ["--tokenizer.downsample_factor", "3"], "downsample_factor must be a power of two"),
         ("sample", ["--output", "x.jpg"], "name a file that ends in .png"),
         ("sample", ["--output", "file/x.png"], "file/x.png cannot be written: "),
         ("sample", ["--animation", "x.png"], "name a file that ends in .gif"),

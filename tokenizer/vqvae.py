@@ -41,7 +41,7 @@ class VQVAEConfig(TokenizerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        num_halvings(self.downsample_factor)
+        num_halvings(self.downsample_factor, "downsample_factor")
         if self.latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
 

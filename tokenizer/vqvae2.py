@@ -50,7 +50,7 @@ class VQVAE2Config(TokenizerConfig):
         if not factors or any(coarse <= fine for coarse, fine in pairwise(factors)):
             raise ValueError(f"downsample_factors must decrease from coarse to fine, e.g. (8, 4), got {factors}")
         for factor in factors:
-            num_halvings(factor)
+            num_halvings(factor, "each of downsample_factors")
         if self.codebook_sizes is not None:
             object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
             if len(self.codebook_sizes) != len(factors):
