@@ -288,13 +288,15 @@ def folder_lock(folder: str | Path) -> Iterator[None]:
     """Keeps a second run out of `folder` (created if need be) while the block runs. A dead run holds no lock.
 
     Raises:
-        ValueError: another run holds the lock; the message has its process id and host. Or it cannot be a folder.
+        ValueError: another run holds the lock; the message has its process id and host.
+        NotADirectoryError: it cannot be a folder.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{folder} cannot be a folder, since there is a file in its place; name another") from error
+        there = f"{folder} cannot be a folder, since there is a file in its place; name another"
+        raise NotADirectoryError(there) from error
     owner = folder / ".lock-owner.json"
     # The owner cannot stand in the lock file itself: whoever tries to take the lock truncates that one.
     lock = FileLock(folder / ".lock", timeout=0, mode=0o666 & ~_umask())

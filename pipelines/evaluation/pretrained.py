@@ -114,14 +114,14 @@ def read_weights(weights: str, url: str) -> dict[str, Tensor]:
                 f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
             ) from error
     path = Path(weights)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path.absolute()}")
     if path.suffix != ".safetensors":
         raise ValueError(
             f"weights are read from safetensors files only, got '{weights}'. Convert it with python -c \"import sys, "
             'torch, safetensors.torch as s; s.save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" '
             "FILE.pth FILE.safetensors"
         )
+    if not path.is_file():
+        raise ValueError(f"there is no file {path.absolute()}")
     try:
         return load_file(path)
     except SafetensorError as error:
