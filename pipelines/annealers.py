@@ -14,9 +14,13 @@ def binary_quadratic_model(rbm: RBM):
     the prior. There are couplings between the two sides alone, and none where a weight is 0.
 
     Raises:
-        ValueError: dimod is not installed.
+        ValueError: another prior than an RBM, or dimod is not installed.
     """
     dimod = _dimod()
+    if not isinstance(rbm, RBM):
+        raise ValueError(
+            f"annealers are for Boltzmann machines, the prior 'rbm', but this prior is {type(rbm).__name__}"
+        )
     weight, left_bias, right_bias = (parameter.double().cpu() for parameter in rbm.boltzmann())
     linear = dict(enumerate((-torch.cat([left_bias, right_bias])).tolist()))
     coupled = weight.nonzero().tolist()

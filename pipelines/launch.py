@@ -42,7 +42,7 @@ def make_accelerator(config, folder: Path) -> Accelerator:
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}: each would train "
-            "alone and write the same files. On CPUs, set ACCELERATE_USE_CPU=true and launch with torchrun"
+            "alone and write the same files. On CPUs, set ACCELERATE_USE_CPU=true, and accelerate launch --multi_gpu"
         )
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_computes_bf16():
         raise ValueError(

@@ -34,7 +34,7 @@ class Shards:
         if state.num_processes != self.num_processes:
             raise ValueError(
                 f"{self.num_processes} processes were launched, but accelerate sees {state.num_processes}: each would "
-                "write the same file. On CPUs, set ACCELERATE_USE_CPU=true and launch with torchrun"
+                "write the same file. On CPUs, set ACCELERATE_USE_CPU=true, and accelerate launch --multi_gpu"
             )
         self.index, self.device = state.process_index, state.device
 

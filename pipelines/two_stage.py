@@ -78,7 +78,7 @@ class Pipeline:
         text_tokenizer: what made token ids of the captions, if and only if the prior is conditional on them.
     Raises:
         ValueError: the prior was trained on the codes of another tokenizer, or with captions of another text tokenizer;
-            or a class name is no text.
+            or class names are no text, or not as many as the prior has classes.
     """
 
     def __init__(
@@ -99,12 +99,20 @@ class Pipeline:
         self.evaluations = dict(evaluations or {})
         self.text_tokenizer = text_tokenizer
         self.progress_bar_config: dict = {}
-        if prior is not None:
-            check_belongs(prior, tokenizer)
-        check_text_tokenizer(self.prior, text_tokenizer)
+        self._check_parts()
+        if isinstance(class_names, str):
+            raise ValueError(f"class_names must be a list of names, got '{class_names}'")
         for name in self.class_names:
             if not isinstance(name, str):
                 raise ValueError(f"class_names must be text, got {name!r}; give '{name}', or no names at all")
+        num_classes = self.prior.num_classes
+        if num_classes and self.class_names and len(self.class_names) != num_classes:
+            raise ValueError(f"got {len(self.class_names)} class_names for a prior of {num_classes} classes; name each")
+
+    def _check_parts(self) -> None:
+        if self.has_stage_two:
+            check_belongs(self.prior, self.tokenizer)
+        check_text_tokenizer(self.prior, self.text_tokenizer)
 
     # Loading and saving
     # --------------------------------------------------------------------------------------------
@@ -151,18 +159,20 @@ class Pipeline:
         """Writes model_index.json, tokenizer/, prior/ and text_tokenizer/ (where there is one) and a model card.
 
         Raises:
-            ValueError: a part cannot be saved, its folder holds other files too, or JSON has nothing for one of the
-                metrics or evaluations; nothing is written then.
+            ValueError: a part was exchanged or trained on, and does not belong to the others any more; a part cannot be
+                saved, its folder holds other files too, or JSON has nothing for one of the metrics or evaluations.
+                Nothing is written then.
         """
         folder = Path(folder)
         self._make_plain()
         parts = {folder / "tokenizer": self.tokenizer}
         if self.has_stage_two:
-            # The weights may have been cast since they were loaded; that the two belong together is known here
+            # The weights may have been cast since they were loaded, and have another fingerprint then
             prior = copy(uncompiled(self.prior))
             prior.config = replace(prior.config, tokenizer_fingerprint=fingerprint(self.tokenizer))
             parts[folder / "prior"] = prior
         with saving(parts):
+            self._check_parts()
             if self.text_tokenizer is not None:
                 self.text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
         self.save_index(folder)

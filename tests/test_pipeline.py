@@ -634,6 +634,27 @@ def test_numbers_of_an_earlier_model_leave_the_card(tmp_path):
     assert Pipeline.from_pretrained(tmp_path).metrics == expected
 
 
+def test_parts_that_do_not_belong_together_are_not_saved(tmp_path):
+    mine, other = make(num_classes=3), make(num_classes=3)
+    next(other.tokenizer.parameters()).data.add_(1)
+    tokenizer, mine.tokenizer = mine.tokenizer, other.tokenizer
+    with pytest.raises(ValueError, match=r"was trained on the codes of tokenizer .* but the tokenizer given has"):
+        mine.save_pretrained(tmp_path / "mixed")
+    mine.tokenizer = tokenizer
+    mine.to(torch.bfloat16).save_pretrained(tmp_path / "cast")
+    next(mine.tokenizer.parameters()).data.add_(1)  # trained on
+    with pytest.raises(ValueError, match="was trained on the codes of tokenizer"):
+        mine.save_pretrained(tmp_path / "trained")
+    assert [path.name for path in tmp_path.rglob("*.*")] == [path.name for path in (tmp_path / "cast").rglob("*.*")]
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c", "d"], "abc"])
+def test_class_names_are_one_for_each_class(names):
+    pipeline = make(num_classes=3)
+    with pytest.raises(ValueError, match="class_names"):
+        Pipeline(pipeline.tokenizer, pipeline.prior, class_names=names)
+
+
 def test_a_run_folder_is_a_pipeline_after_each_stage(tmp_path, capsys):
     tokenizer = make_tokenizer()
     save_model(tokenizer, tmp_path / "tokenizer")

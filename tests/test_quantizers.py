@@ -63,6 +63,19 @@ def test_embedding_the_codes_gives_z_bit_for_bit(quantizer):
     assert all(torch.equal(a, b) for a, b in zip(quantizer.encode(h), out.codes))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_every_dtype_serves_for_training(quantizer, dtype):
+    quantizer.train().to(dtype)
+    for seed in range(3):
+        h = features(quantizer, seed=seed).to(dtype).requires_grad_()
+        out = quantizer(h, step=0)
+        sum(out.losses.values(), out.z.sum()).backward()
+        quantizer.after_step()
+    assert out.z.dtype == h.grad.dtype == dtype
+    assert h.grad.isfinite().all()
+    assert all(buffer.dtype == dtype for buffer in quantizer.buffers() if buffer.is_floating_point())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_every_dtype_serves_for_evaluation(quantizer, dtype):
     train_step(quantizer, features(quantizer))

@@ -202,14 +202,15 @@ def _lloyd(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 @dataclass
 class Statistics:
-    """What vectors tell of the entries they take: how many take each, counts (K,), and their sums (K, D)."""
+    """What vectors tell of the entries they take, in float32: how many take each, counts (K,), their sums (K, D)."""
 
     counts: Tensor
     sums: Tensor
 
     @classmethod
     def like(cls, codebook: Tensor) -> "Statistics":
-        return cls(torch.zeros_like(codebook[:, 0]), torch.zeros_like(codebook))
+        sums = torch.zeros_like(codebook, dtype=torch.float32)
+        return cls(sums[:, 0].clone(), sums)
 
     def add(self, vectors: Tensor, codes: Tensor) -> None:
         """Counts in the vectors (N, D), which take the codes (N,)."""

@@ -132,6 +132,7 @@ class EMAVQ(CodebookQuantizer):
         generator = torch.Generator().manual_seed(self.num_updates.item())
         dead = dead[torch.randperm(len(dead), generator=generator)[:num_revived].to(dead.device)]
         vectors = vectors[torch.randperm(len(vectors), generator=generator)[:num_revived].to(dead.device)]
+        vectors, share = vectors.to(self.codebook.dtype), share.to(self.codebook.dtype)
         self.codebook[dead] = vectors
         self.cluster_size[dead] = share
         self.cluster_sum[dead] = vectors * share
