@@ -72,13 +72,13 @@ class Pipeline:
     Args:
         tokenizer: stage one.
         prior: stage two; None takes the prior that the tokenizer assumed (or learned) while training.
-        class_names: one per class label, for labels given by name; text.
+        class_names: of the first class labels, or all of them, for labels given by name; text.
         metrics: measured numbers, kept with the pipeline and shown in its model card.
         evaluations: by split, how those of them that an evaluation measured came about: command, data, protocol.
         text_tokenizer: what made token ids of the captions, if and only if the prior is conditional on them.
     Raises:
         ValueError: the prior was trained on the codes of another tokenizer, or with captions of another text tokenizer;
-            or class names are no text, or not as many as the prior has classes.
+            or class names are no text, or more than the prior has classes.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class Pipeline:
             if not isinstance(name, str):
                 raise ValueError(f"class_names must be text, got {name!r}; give '{name}', or no names at all")
         num_classes = self.prior.num_classes
-        if num_classes and self.class_names and len(self.class_names) != num_classes:
-            raise ValueError(f"got {len(self.class_names)} class_names for a prior of {num_classes} classes; name each")
+        if 0 < num_classes < len(self.class_names):
+            raise ValueError(f"got {len(self.class_names)} class_names for a prior of {num_classes} classes")
 
     def _check_parts(self) -> None:
         if self.has_stage_two:
