@@ -44,11 +44,11 @@ def _last_trained(folder: Path, containing: str) -> float:
 
 
 def load_pipeline(run: str | Path, device: torch.device | str | None = None) -> Pipeline:
-    """`Pipeline.from_pretrained`, which says so where a run has a prior of what its tokenizer was before."""
+    """`Pipeline.from_pretrained`; says so where a run has a prior that is left out, as of an earlier tokenizer."""
     pipeline = Pipeline.from_pretrained(run, device=device)
     prior = Path(run) / "prior"
     if prior.is_dir() and not pipeline.has_stage_two:
-        say(f"{prior} is not used: it is left out of the pipeline, since it belongs to another tokenizer")
+        say(f"{prior} is not used: it is no part of the pipeline, whose tokenizer may have been trained on since")
     return pipeline
 
 
