@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import sys
 from functools import partial
 
@@ -128,6 +129,20 @@ def test_state_dict_restores_the_codes(quantizer):
     twin.load_state_dict(quantizer.state_dict())
     h = features(quantizer, seed=2)
     assert torch.equal(twin.eval()(h).z, quantizer.eval()(h).z)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_features_of_another_shape_raise_and_leave_no_trace(quantizer, training):
+    channels = quantizer.in_channels
+    twin = copy.deepcopy(quantizer)
+    quantizer.train(training)
+    for shape in [(3, 12, channels), (channels, 6, 2), (3, channels + 1, 6, 2), (3, channels, 0, 2)]:
+        for use in (quantizer, quantizer.encode, quantizer.draw):
+            with pytest.raises(ValueError, match=rf"\(B, {channels}, h, w\).*got {re.escape(str(shape))}"):
+                use(torch.zeros(shape))
+    train_step(quantizer.train(), features(quantizer))
+    train_step(twin, features(quantizer))
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in quantizer.state_dict().items())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

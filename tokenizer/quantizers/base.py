@@ -51,6 +51,20 @@ class Quantizer(nn.Module, ABC):
         """Codes drawn from q(codes | h), and log q of them in nats, (B,); 0 for a deterministic quantizer."""
         return self.encode(h), torch.zeros(len(h), device=h.device)
 
+    def check_features(self, h: Tensor) -> None:
+        """For a subclass to call before it looks at h, or keeps anything of it.
+
+        Raises:
+            ValueError: h is not (B, in_channels, h, w) with h and w at least 1; not finite, when evaluating.
+        """
+        if h.dim() != 4 or h.shape[1] != self.in_channels or 0 in h.shape[2:]:
+            raise ValueError(
+                f"{type(self).__name__} takes features of shape (B, {self.in_channels}, h, w) with h and w at least 1, "
+                f"got {tuple(h.shape)}"
+            )
+        if not self.training:
+            check_finite(h)
+
     def after_step(self) -> None:
         """To be called once after each optimizer step, on every process: codebooks of running averages move here."""
 

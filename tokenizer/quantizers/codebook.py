@@ -53,8 +53,9 @@ class CodebookQuantizer(Quantizer):
 
     def encode(self, h: Tensor, sample: bool = False) -> Codes:
         with torch.autocast(h.device.type, enabled=False):
+            self.check_features(h)
             h = h.float()
-            self._prepare(h)
+            self._start_from(h)
             search = Search(self.codebook)
             return (torch.cat([search(vectors) for vectors in _rows(h)]).view(_map_shape(h)),)
 
@@ -63,7 +64,7 @@ class CodebookQuantizer(Quantizer):
 
         Adds what the vectors contribute to their codes to `statistics`. Call with autocast off.
         """
-        self._prepare(h)
+        self._start_from(h)
         # Piece by piece, so that the passes over vectors and entries find them in the cache
         codes = torch.empty(_map_shape(h), dtype=torch.int64, device=h.device)
         entries = h.new_empty(*codes.shape, h.shape[1])
@@ -88,10 +89,9 @@ class CodebookQuantizer(Quantizer):
             return Assignment(z, (codes,), *losses)
         return Assignment(z, (codes,), distance, distance)
 
-    def _prepare(self, h: Tensor) -> None:
-        if not self.training:
-            check_finite(h)
-        elif not self._known_initialized:
+    def _start_from(self, h: Tensor) -> None:
+        """At the first training pass, takes the codebook from the vectors of h, float32 (B, D, h, w)."""
+        if self.training and not self._known_initialized:
             if not self.initialized:
                 vectors = torch.cat(list(_rows(h.detach())))
                 self._initialize(initial_codebook(vectors, len(self.codebook), self.init))

@@ -33,7 +33,7 @@ class EMAVQ(CodebookQuantizer):
         revive_below: an entry is replaced when its running count falls below this fraction of the uniform share, the
             vectors of a step / K; 0 never replaces.
     Raises:
-        ValueError: an argument out of range; features that are not finite, when evaluating.
+        ValueError: an argument out of range; features of another shape, or not finite when evaluating.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class EMAVQ(CodebookQuantizer):
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # distances, averages and losses in float32
+            self.check_features(h)
             gathers = self.training and torch.is_grad_enabled()
             z, codes, commitment_loss, _ = self._assign(h.float(), self._gather(h) if gathers else None)
             return Quantized(z.to(h.dtype), codes, {"commitment": self.commitment_weight * commitment_loss})

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from prior.base import Codes
-from tokenizer.quantizers.base import Quantized, Quantizer, check_finite, straight_through
+from tokenizer.quantizers.base import Quantized, Quantizer, straight_through
 
 LARGEST_CODE = 2**63 - 1
 EPSILON = 1e-3  # by how much the bound exceeds the outermost grid points, so that these can be reached
@@ -24,8 +24,8 @@ class FSQ(Quantizer):
         levels: number of values L of each channel; K is their product. (8, 5, 5, 5) is the paper's for K near 2^10; it
             advises at least 5 values per channel.
     Raises:
-        ValueError: a level below 3 (two values are what LFQ is for), or more codes than int64 holds; features that are
-            not finite, when evaluating.
+        ValueError: a level below 3 (two values are what LFQ is for), or more codes than int64 holds; features of
+            another shape, or not finite when evaluating.
     """
 
     # features far smaller than a step of the grid would all be rounded to one code, and what has one code stays there
@@ -47,9 +47,8 @@ class FSQ(Quantizer):
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # bounds and rounding in float32
+            self.check_features(h)
             vectors = rearrange(h.float(), "b d h w -> b h w d")
-            if not self.training:
-                check_finite(vectors)
             bounded = self._bound(vectors)
             # not-a-number has no digit; what its gradient meets in the loop is the loop's to report
             digits = (bounded.round().long() + self.levels // 2).clamp(min=0).minimum(self.levels - 1)

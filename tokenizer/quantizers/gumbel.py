@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from prior.base import Codes
-from tokenizer.quantizers.base import Quantized, Quantizer, check_finite, straight_through
+from tokenizer.quantizers.base import Quantized, Quantizer, straight_through
 
 
 class Gumbel(Quantizer):
@@ -31,7 +31,7 @@ class Gumbel(Quantizer):
         decay_steps: steps over which the temperature falls along half a cosine; 150,000 are DALL-E's.
         straight_through: decode the entry of the drawn code, with the gradient of the average (Jang et al., 2.2).
     Raises:
-        ValueError: an argument out of range; features that are not finite, when evaluating.
+        ValueError: an argument out of range; features of another shape, or not finite when evaluating.
     """
 
     is_stochastic = True
@@ -106,8 +106,7 @@ class Gumbel(Quantizer):
             return (codes,), log_q.flatten(1).sum(dim=1)
 
     def _logits(self, h: Tensor) -> Tensor:
-        if not self.training:
-            check_finite(h)
+        self.check_features(h)
         return rearrange(h.float(), "b k h w -> b h w k")
 
     def _kl(self, logits: Tensor) -> Tensor:

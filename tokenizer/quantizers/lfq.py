@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prior.base import Codes
 from tokenizer.distributed import is_distributed
-from tokenizer.quantizers.base import Quantized, Quantizer, check_finite, straight_through
+from tokenizer.quantizers.base import Quantized, Quantizer, straight_through
 
 # Bits whose joint distribution is formed: 2^18 numbers, and the largest vocabulary of the paper.
 JOINT_BITS = 18
@@ -37,7 +37,7 @@ class LFQ(Quantizer):
             1 reaches all that the commitment loss keeps near the signs.
         commitment_weight: weight of |h - sg[sign(h)]|^2; 0.25 is that of VQ-VAE, the paper has no such term.
     Raises:
-        ValueError: an argument out of range; features that are not finite, when evaluating.
+        ValueError: an argument out of range; features of another shape, or not finite when evaluating.
     """
 
     def __init__(
@@ -68,9 +68,8 @@ class LFQ(Quantizer):
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # signs, probabilities and losses in float32
+            self.check_features(h)
             vectors = rearrange(h.float(), "b d h w -> b h w d")
-            if not self.training:
-                check_finite(vectors)
             bits = (vectors > 0).long()  # zero is -1, as in Eq. 3
             codes = (bits * self.place_values).sum(dim=-1)
             signs = 2.0 * bits - 1

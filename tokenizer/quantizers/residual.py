@@ -27,7 +27,7 @@ class Residual(Quantizer):
         init: where codebooks start, see `EMAVQ`.
         revive_below: when an entry is replaced, see `EMAVQ`.
     Raises:
-        ValueError: an argument out of range; features that are not finite, when evaluating.
+        ValueError: an argument out of range; features of another shape, or not finite when evaluating.
     """
 
     def __init__(

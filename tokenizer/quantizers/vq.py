@@ -20,7 +20,7 @@ class VQ(CodebookQuantizer):
         commitment_weight: beta; 0.25 is the paper's.
         init: where the codebook starts: "kmeans" centres of the first batch, vectors of it ("data"), or N(0, 1).
     Raises:
-        ValueError: an argument out of range; features that are not finite, when evaluating.
+        ValueError: an argument out of range; features of another shape, or not finite when evaluating.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class VQ(CodebookQuantizer):
 
     def forward(self, h: Tensor, step: int | None = None) -> Quantized:
         with torch.autocast(h.device.type, enabled=False):  # distances and losses in float32
+            self.check_features(h)
             z, codes, commitment_loss, codebook_loss = self._assign(h.float())
             losses = {"codebook": codebook_loss, "commitment": self.commitment_weight * commitment_loss}
             return Quantized(z.to(h.dtype), codes, losses)
