@@ -40,7 +40,8 @@ def condition_on(
         text: how captions become token ids; None leaves them aside.
         classes: False leaves the classes aside.
     Raises:
-        ValueError: a prior that cannot be conditional on it, classes that differ, or see `TextTokenizer.train`.
+        ValueError: a prior that cannot be conditional on it, classes that differ, `text` without captions, or see
+            `TextTokenizer.train`.
     """
     if text is not None and train_codes.has_captions:
         if not PRIORS[prior].takes_text:
@@ -50,6 +51,11 @@ def condition_on(
                 f"add --text_conditional false, or take {able}"
             )
         return _on_captions(train_codes, validation_codes, text)
+    if text not in (None, TextConfig()):
+        raise ValueError(
+            f"the codes have no captions, so {text} would do nothing; leave out its options, or write a "
+            "metadata.jsonl beside the images and dump their codes again"
+        )
     if not classes:
         return Condition()
     if train_codes.num_classes and issubclass(PRIORS[prior], BitPrior):

@@ -27,16 +27,15 @@ class GaussianMixtureConfig(PriorConfig):
     def __post_init__(self):
         super().__post_init__()
         check_positive(self, "num_components")
-        first = 0
-        if self.num_classes:
-            if (self.spec.shapes[0], self.spec.vocab_sizes[0]) != ((1,), self.num_classes):
-                raise ValueError(
-                    f"a Gaussian mixture with num_classes = {self.num_classes} needs the class as the first level of "
-                    f"the codes, one integer in [0, {self.num_classes}), got {self.spec}"
-                )
-            first = 1
-        real = self.spec.vocab_sizes[first:]
-        if not real or set(real) != {None}:
+        sizes = self.spec.vocab_sizes
+        real = sizes[1:] if self.num_classes else sizes
+        has_class = (self.spec.shapes[0], sizes[0]) == ((1,), self.num_classes)
+        if None in sizes and self.num_classes and not has_class:
+            raise ValueError(
+                f"a Gaussian mixture with num_classes = {self.num_classes} needs the class as the first level of "
+                f"the codes, one integer in [0, {self.num_classes}), got {self.spec}"
+            )
+        if set(real) != {None}:
             raise ValueError(
                 f"a Gaussian mixture is for codes that are real numbers, got {self.spec}; gpt, pixelcnn and pixelsnail "
                 "take integers"

@@ -222,6 +222,7 @@ def test_what_is_not_a_finite_number_is_refused(codes, message):
         ({"spec": VECTOR, "num_classes": 3}, r"needs the class as the first level .* one integer in \[0, 3\)"),
         ({"spec": CLASSES, "num_classes": 2}, "needs the class as the first level"),
         ({"spec": CodeSpec(((1,),), (3,)), "num_classes": 3}, "for codes that are real numbers"),
+        ({"spec": CodeSpec(((2, 2),), (5,)), "num_classes": 3}, "for codes that are real numbers"),
     ],
 )
 def test_other_code_spaces_are_refused(options, message):

@@ -17,6 +17,7 @@ from pipelines import Pipeline
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint
 from pipelines.code_writing import write_codes
 from pipelines.codes import CodeDataset
+from pipelines.conditions import condition_on
 from pipelines.images import DataConfig, load_images
 from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples
@@ -481,6 +482,14 @@ def test_tokenized_captions_come_with_the_codes(finished):
     batches = list(DataLoader(store, batch_sampler=[[1, 2], [3]], collate_fn=store.collate, num_workers=1))
     assert batches[0]["text"].equal(expected[[1, 2]])
     assert pickle.loads(pickle.dumps(store)).captions == store.captions
+
+
+def test_options_of_captions_are_refused_where_there_are_none(tmp_path):
+    store = dump(tmp_path, load_images(DataConfig(max_images=25), "train"))
+    with pytest.raises(ValueError, match=r"no captions, so TextConfig\(.*max_length=7\) would do nothing"):
+        condition_on(store, store, "gpt", TextConfig(max_length=7), classes=False)
+    for text in (TextConfig(), None):
+        assert condition_on(store, store, "gpt", text, classes=False).implied == {}
 
 
 def test_captions_of_any_characters_are_kept(tmp_path):
