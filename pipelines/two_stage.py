@@ -555,7 +555,8 @@ class Pipeline:
     def decode(self, codes: Codes, *, generator: Generators | None = None, output_type: str = "pil"):
         """Images of codes; see `sample` for `output_type`."""
         check_output_type(output_type)
-        codes = tuple(torch.as_tensor(code, device=self.device) for code in codes)
+        if isinstance(codes, Sequence):  # where not, the check says so
+            codes = tuple(torch.as_tensor(code, device=self.device) for code in codes)
         self.tokenizer.spec.check(codes)
         return as_output_type(self.tokenizer.decode(codes, generator), output_type)
 

@@ -93,6 +93,10 @@ class CodeSpec:
 
         Compiled code does not look at values: on a GPU that would keep each training step waiting.
         """
+        if not isinstance(codes, Sequence):
+            raise ValueError(
+                f"codes must be a tuple with one tensor for each level ({self.num_levels}), got {type(codes).__name__}"
+            )
         if len(codes) != self.num_levels:
             raise ValueError(f"got codes of {len(codes)} levels, this code space has {self.num_levels}: {self}")
         for level, (code, shape, vocab_size) in enumerate(zip(codes, self.shapes, self.vocab_sizes)):

@@ -339,6 +339,9 @@ def test_codes_out_of_range_and_impossible_outputs_are_refused():
     pipeline = make()
     with pytest.raises(ValueError, match=r"must lie in \[0, 5\)"):
         pipeline.decode((torch.full((1, 2, 2), 5),))
+    for one in (torch.zeros(3, 2, 2, dtype=torch.int64), np.zeros((1, 2, 2), dtype=np.int64)):
+        with pytest.raises(ValueError, match=rf"tuple with one tensor for each level \(1\), got {type(one).__name__}"):
+            pipeline.decode(one)
     with pytest.raises(ValueError, match="is for sampling"):
         pipeline.reconstruct(torch.zeros(1, 3, 8, 8), output_type="codes")
 
