@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.allocation import training_pass
-from tokenizer.quantizers import EMAVQ, FSQ, LFQ, QUANTIZERS, VQ, Gumbel, Residual, lfq
+from tokenizer.quantizers import EMAVQ, FSQ, LFQ, QUANTIZERS, VQ, Gumbel, Residual, ema_vq, lfq
 from tokenizer.quantizers import nearest as search
 from tokenizer.quantizers.base import straight_through
 from tokenizer.quantizers.codebook import initial_codebook
@@ -340,6 +340,19 @@ def test_two_accumulated_batches_are_one_of_twice_the_size(make):
         train_step(parts, h[:4], h[4:])
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_codebook_that_nobody_moves_is_reported(monkeypatch):
+    monkeypatch.setattr(ema_vq, "MOST_CANDIDATES", 6)
+    quantizer = EMAVQ(4, 2, init="normal")
+    train_step(quantizer, features(quantizer), features(quantizer))  # of 3 images each
+    quantizer(features(quantizer))
+    with torch.no_grad():
+        quantizer(features(quantizer))
+    quantizer(features(quantizer))
+    with pytest.raises(RuntimeError, match="over 6 images without after_step"):
+        quantizer(features(quantizer))
+    assert quantizer.eval()(features(quantizer)).z.shape == (3, 2, 6, 2)
 
 
 def test_unused_entries_stay_where_they_are_until_they_are_dead():

@@ -11,6 +11,9 @@ from tokenizer.distributed import is_distributed
 from tokenizer.quantizers.base import Quantized
 from tokenizer.quantizers.codebook import CodebookQuantizer, Init, Statistics
 
+# Vectors that one process keeps of a step's images, more than any step has: beyond that nobody calls `after_step`
+MOST_CANDIDATES = 2**17
+
 
 class EMAVQ(CodebookQuantizer):
     """Vector quantization with moving averages (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1).
@@ -34,6 +37,7 @@ class EMAVQ(CodebookQuantizer):
             vectors of a step / K; 0 never replaces.
     Raises:
         ValueError: an argument out of range; features of another shape, or not finite when evaluating.
+        RuntimeError: `after_step` is never called while training.
     """
 
     def __init__(
@@ -91,6 +95,11 @@ class EMAVQ(CodebookQuantizer):
             # one tensor, not a list: torch.compile would compile anew for each length
             if self._candidates is None:
                 self._candidates = F.pad(candidates, (0, 1))
+            elif len(self._candidates) >= MOST_CANDIDATES:
+                raise RuntimeError(
+                    f"training passes over {MOST_CANDIDATES:,} images without after_step, which moves the codebook: "
+                    "call it after each optimizer step, or eval() where the codebook is not to learn"
+                )
             else:
                 number = (self._candidates[-1:, -1:] + 1).expand(len(candidates), 1)
                 self._candidates = torch.cat([self._candidates, torch.cat([candidates, number], dim=1)])
