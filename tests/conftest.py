@@ -1,4 +1,5 @@
 import os
+import sys
 
 # Set before torch is imported: results in float32 depend on the number of threads, and a fork after OpenMP has
 # started its pool can hang.
@@ -18,6 +19,15 @@ torch.set_num_threads(1)
 # How long an example takes says how busy the machine is
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+
+def pytest_configure(config):
+    """Warnings are errors, but for those that a machine gives whatever the code does."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores == 1:
+        config.addinivalue_line("filterwarnings", "ignore:This DataLoader will create")
+    if sys.version_info[:3] == (3, 13, 0):
+        config.addinivalue_line("filterwarnings", "ignore:Guards may run slower on Python 3.13.0")
 
 
 @pytest.fixture(autouse=True)

@@ -498,7 +498,7 @@ def test_drawing_stops_when_it_is_told_to():
 
 
 def test_a_page_that_is_gone_stops_its_drawing():
-    pipeline, stop, told = make("vqvae2", "pixelcnn"), Event(), []
+    pipeline, stop, told, num_threads = make("vqvae2", "pixelcnn"), Event(), [], threading.active_count()
     draw = pipeline.sample
 
     def sample(*arguments, codes_callback, **options):
@@ -516,6 +516,7 @@ def test_a_page_that_is_gone_stops_its_drawing():
     running.close()
     assert len(told) == 2  # the second time it finds that it has to stop
     assert not told[0].is_alive()
+    assert threading.active_count() == num_threads
 
 
 @pytest.mark.parametrize("watch", [False, True])

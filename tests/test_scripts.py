@@ -468,7 +468,7 @@ def test_a_launcher_that_is_stopped_leaves_a_state_and_no_orphan(tmp_path):
     assert len(list((tmp_path / "run/stage_one/state").glob("step-*"))) == 1
 
 
-def wait_for(condition, what: str, seconds: float = 200) -> None:
+def wait_for(condition, what: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
