@@ -37,7 +37,7 @@ class EMAVQ(CodebookQuantizer):
             vectors of a step / K; 0 never replaces.
     Raises:
         ValueError: an argument out of range; features of another shape, or not finite when evaluating.
-        RuntimeError: `after_step` is never called while training.
+        RuntimeError: training passes over 131,072 images without `after_step`, unless revive_below is 0.
     """
 
     def __init__(

@@ -28,6 +28,7 @@ class Residual(Quantizer):
         revive_below: when an entry is replaced, see `EMAVQ`.
     Raises:
         ValueError: an argument out of range; features of another shape, or not finite when evaluating.
+        RuntimeError: see `EMAVQ`.
     """
 
     def __init__(
