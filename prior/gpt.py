@@ -168,10 +168,9 @@ class GPT(AutoregressivePrior):
         }
 
     def _head(self, hidden: Tensor, level: int) -> Tensor:
-        weight = self.lm_head.weight
-        if not isinstance(weight, Tensor):  # a quantized layer's is a method
+        if structure(self.lm_head) != self.built[-1:]:  # it computes more than its weight tells
             return self.lm_head(hidden)[..., self._tokens(level)]
-        return F.linear(hidden, weight[self._tokens(level)])
+        return F.linear(hidden, self.lm_head.weight[self._tokens(level)])
 
     def _tokens(self, level: int) -> slice:
         """The level's part of the vocabulary."""
@@ -207,7 +206,7 @@ class Transformer(nn.Module):
         stop = start + tokens.shape[1]
         x = self.embed_tokens(tokens)
         if self.config.positions == "learned":
-            x = x + self.embed_positions.weight[start:stop]
+            x = x + self.embed_positions(torch.arange(start, stop, device=tokens.device))
         else:
             rotation = rotation[:, start:stop]
         x = self.dropout(x)

@@ -113,17 +113,18 @@ class RBM(BitPrior):
 
     def boltzmann(self) -> Boltzmann:
         """The present parameters, detached."""
-        return Boltzmann(*(p.detach().to(self.energy_dtype) for p in (self.weight, self.left_bias, self.right_bias)))
+        return Boltzmann(*(parameter.detach() for parameter in self._boltzmann_with_gradient()))
+
+    def _boltzmann_with_gradient(self) -> Boltzmann:
+        """The present parameters, through which gradients go."""
+        return Boltzmann(*(p.to(self.energy_dtype) for p in (self.weight, self.left_bias, self.right_bias)))
 
     # Training
     # --------------------------------------------------------------------------------------------
 
     def energy(self, left: Tensor, right: Tensor) -> Tensor:
         with torch.autocast(left.device.type, enabled=False):
-            parameters = (self.weight, self.left_bias, self.right_bias)
-            return Boltzmann(*(p.to(self.energy_dtype) for p in parameters)).energy(
-                left.to(self.energy_dtype), right.to(self.energy_dtype)
-            )
+            return self._boltzmann_with_gradient().energy(left.to(self.energy_dtype), right.to(self.energy_dtype))
 
     def log_partition_loss(self) -> Tensor:
         """A scalar of value 0 whose gradient estimates that of log Z.
@@ -145,13 +146,15 @@ class RBM(BitPrior):
 
     def _negative_phase(self) -> Tensor:
         """Minus the mean energy of the chains, after they have moved; differentiable in the parameters."""
-        with torch.no_grad(), torch.autocast(self.chains.device.type, enabled=False):
-            parameters = self.boltzmann()
-            left = self._move_chains(parameters)
-            # Rao-Blackwell: the mean of right given left has less variance than right
-            right = torch.addmm(parameters.right_bias, left, parameters.weight).sigmoid_()
-            products, left, right = left.T @ right / len(left), left.mean(0), right.mean(0)
-        return (self.weight * products).sum() + self.left_bias @ left + self.right_bias @ right
+        with torch.autocast(self.chains.device.type, enabled=False):
+            with torch.no_grad():
+                parameters = self.boltzmann()
+                left = self._move_chains(parameters)
+                # Rao-Blackwell: the mean of right given left has less variance than right
+                right = torch.addmm(parameters.right_bias, left, parameters.weight).sigmoid_()
+                products, left, right = left.T @ right / len(left), left.mean(0), right.mean(0)
+            weight, left_bias, right_bias = self._boltzmann_with_gradient()
+            return (weight * products).sum() + left_bias @ left + right_bias @ right
 
     def _move_chains(self, parameters: Boltzmann) -> Tensor:
         """The left states (num_chains, n1) after one training step's sweeps; never compiled.

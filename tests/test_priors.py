@@ -1,5 +1,6 @@
 """Laws of every registered prior, on code spaces small enough to enumerate: all codes, all probabilities."""
 
+import copy
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from prior import PRIORS, CodeSpec, PriorConfig
@@ -628,12 +630,20 @@ CHANGES = {
 }
 
 
-def change_layers(prior, change):
-    """`change` gives what takes a layer's place, or None where it changed the layer itself."""
-    for parent in list(prior.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                setattr(parent, name, change(layer) or layer)
+def change_layers(prior, change, kinds=(nn.Linear, nn.Conv2d), only=None):
+    """`change` gives what takes a layer's place, or None where it changed the layer itself; all layers, or `only` one.
+
+    Returns the number of layers of these kinds.
+    """
+    layers = [
+        (parent, name, layer)
+        for parent in prior.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, kinds)
+    ]
+    for parent, name, layer in layers if only is None else [layers[only]]:
+        setattr(parent, name, change(layer) or layer)
+    return len(layers)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -648,6 +658,30 @@ def test_samples_come_from_what_layers_compute_and_not_from_their_weights_alone(
     sampled = prior.sample(4, labels, generator=torch.Generator().manual_seed(0), return_log_prob=True)
     # float32 sums in another order
     torch.testing.assert_close(sampled.log_prob, prior.log_prob(sampled.codes, labels), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["wrapped", "hook"])
+@pytest.mark.parametrize("name", AUTOREGRESSIVE)
+@torch.no_grad()
+def test_each_layer_alone_may_compute_more_than_its_weight_tells(name, change):
+    kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+    codes, labels = random_codes(LARGER, 4), torch.tensor([0, 1, 1, 0])
+    plain = build(name, LARGER, num_classes=2)
+    before = plain.log_prob(codes, labels)
+    for only in range(change_layers(plain, lambda layer: None, kinds)):
+        prior = copy.deepcopy(plain)
+        change_layers(prior, CHANGES[change], kinds, only)
+        assert (prior.log_prob(codes, labels) - before).abs().max() > 1e-6, (only, prior)
+        sampled = prior.sample(4, labels, generator=torch.Generator().manual_seed(0), return_log_prob=True)
+        torch.testing.assert_close(sampled.log_prob, prior.log_prob(sampled.codes, labels), atol=1e-4, rtol=1e-4)
+
+
+def test_a_pruned_layer_trains_for_more_than_a_step():
+    prior = build("gpt", LARGER).train()
+    prune.l1_unstructured(prior.lm_head, "weight", 0.5)
+    for _ in range(2):
+        prior(random_codes(LARGER, 4))["nll"].backward()
+    assert prior.lm_head.weight_orig.grad.any()
 
 
 @pytest.mark.parametrize("name", AUTOREGRESSIVE)

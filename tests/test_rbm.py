@@ -1,5 +1,6 @@
 """Boltzmann and Bernoulli priors against enumeration: energies, log Z, its gradient, samplers, and annealers."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -821,11 +822,16 @@ def test_energies_are_float32_also_under_autocast_and_in_half_precision(kind):
     codes = (torch.randint(2, (5, 40)),)
     states = codes_to_bits(prior.spec, codes).bfloat16().split([20, 20], dim=1)
     expected = prior.energy(*prior.sides(codes))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(prior.energy(*states), expected)
-        torch.manual_seed(0)
-        inside = prior.log_partition_loss()
-    assert inside.dtype == torch.float32
+    gradients = []
+    for inside in (False, True):
+        again = copy.deepcopy(prior)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            assert torch.equal(again.energy(*states), expected)
+            torch.manual_seed(0)
+            loss = again.log_partition_loss()
+        assert loss.dtype == torch.float32
+        gradients.append(torch.autograd.grad(loss, list(again.parameters())))
+    assert all(torch.equal(*pair) for pair in zip(*gradients))
     prior = prior.bfloat16()
     assert torch.equal(prior.energy(*states), expected)
     prior.spec.check(prior.sample(2, generator=seeded()))

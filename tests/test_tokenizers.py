@@ -184,6 +184,15 @@ def test_training_inside_bfloat16_autocast(tokenizer):
     assert all(loss.dtype == torch.float32 for loss in out.losses.values())
 
 
+def test_training_with_weights_in_bfloat16(tokenizer):
+    tokenizer = tokenizer.bfloat16()
+    out = train_pass(tokenizer, random_images(tokenizer).bfloat16())
+    sum(out.losses.values()).backward()
+    tokenizer.after_step()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.bfloat16 for p in tokenizer.parameters())
+    tokenizer.spec.check(tokenizer.eval().encode(random_images(tokenizer).bfloat16()))
+
+
 def test_a_wrong_image_size_is_named(tokenizer):
     with pytest.raises(ValueError, match=r"images of shape \(batch, 3, 8, 8\), got \(2, 3, 8, 9\)"):
         tokenizer.encode(torch.zeros(2, 3, 8, 9))

@@ -76,10 +76,11 @@ class DVAE(BinaryVAE):
         bits = torch.cat([drawn, last], dim=1).detach()
         left, right = self.halves(bits)
         left_q, _ = self.halves(q.clamp(max=0.999))
-        with torch.no_grad():
-            left_pull = (1 - left) / (1 - left_q) * (right @ self.prior.weight.T)
-            right_pull = left @ self.prior.weight
-            biases = torch.cat([self.prior.left_bias, self.prior.right_bias])
+        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):  # as energies are
+            weight, left_bias, right_bias = self.prior.boltzmann()
+            left_pull = (1 - left) / (1 - left_q) * (right @ weight.T)
+            right_pull = left @ weight
+            biases = torch.cat([left_bias, right_bias])
             signal = logits - biases - torch.cat([left_pull, right_pull], dim=1)
         encoder = (signal * q.clamp(max=0.999)).sum(dim=1)
         # Biases take the means, couplings the bits: both without a gradient to the encoder

@@ -80,12 +80,13 @@ class GumbelSoftmax(LatentVAE):
         features, before, codes, kls = self.features(images), [], [], []
         size, (log_prior,) = self.config.latents_per_group, self.prior.log_probs()
         for group, log_p in enumerate(log_prior.split(size, dim=1)):
-            log_q = self._log_q(self.network.infer(features, group, before))
+            logits = self.network.infer(features, group, before)
+            log_q = self._log_q(logits)
             relaxed = ((log_q + gumbel_noise(log_q)) / self.temperature(step)).softmax(dim=2)
             codes.append(relaxed.argmax(dim=2))
             if self.config.straight_through:
                 relaxed = straight_through(relaxed, F.one_hot(codes[-1], relaxed.shape[2]).to(relaxed))
-            before.append(relaxed.flatten(1))
+            before.append(relaxed.flatten(1).to(logits.dtype))  # the network's own type, for it to go on with
             kls.append((log_q.exp() * (log_q - log_p)).sum(dim=(1, 2)).mean())
         decoded = self.decode_latents(torch.cat(before, dim=1), features)
         kl_weight = self.kl_weight(step)

@@ -96,8 +96,8 @@ class REINFORCE(ScoreFunctionVAE):
             torch.distributed.all_reduce(pending)
         mean, mean_square = pending[:2] / pending[2]  # micro-batches are equally large
         variance = (mean_square - mean.square()).clamp(min=0)
-        self.signal_mean.lerp_(mean, 1 - self.config.baseline_decay)
-        self.signal_variance.lerp_(variance, 1 - self.config.baseline_decay)
+        for kept, new in ((self.signal_mean, mean), (self.signal_variance, variance)):
+            kept.copy_(kept.to(new.dtype).lerp(new, 1 - self.config.baseline_decay))
 
 
 class NVIL(REINFORCE):
