@@ -2,6 +2,7 @@
 
 import torch
 
+from pipelines.checkpoint import uncompiled
 from prior.base import Codes
 from prior.bits import bits_to_codes
 from prior.rbm import RBM
@@ -16,7 +17,7 @@ def binary_quadratic_model(rbm: RBM):
     Raises:
         ValueError: another prior than an RBM, or dimod is not installed.
     """
-    dimod = _dimod()
+    dimod, rbm = _dimod(), uncompiled(rbm)
     if not isinstance(rbm, RBM):
         raise ValueError(
             f"annealers are for Boltzmann machines, the prior 'rbm', but this prior is {type(rbm).__name__}"

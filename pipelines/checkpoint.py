@@ -155,7 +155,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _weights(model: Tokenizer | Prior) -> dict[str, Tensor]:
+def plain_weights(model: Tokenizer | Prior) -> dict[str, Tensor]:
     """The state of a model by the names that it has where neither it nor a part of it is compiled."""
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
 
@@ -163,7 +163,7 @@ def _weights(model: Tokenizer | Prior) -> dict[str, Tensor]:
 def fingerprint(model: Tokenizer | Prior) -> str:
     """sha256 of a model's configuration and weights: equal exactly where codes mean the same."""
     digest = hashlib.sha256(json.dumps(model_config(model), sort_keys=True).encode())
-    for name, tensor in sorted(_weights(model).items()):
+    for name, tensor in sorted(plain_weights(model).items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -219,8 +219,8 @@ def save_model(model: Tokenizer | Prior, folder: Path | str) -> None:
     """Writes a model folder; an existing one is replaced only once the new one is complete.
 
     Raises:
-        ValueError: the folder holds other files too, which replacing it would delete; or the configuration holds what
-            could not be loaded again.
+        ValueError: the folder holds other files too, which replacing it would delete; or the configuration or the
+            weights (of adapters, parametrizations, replaced layers) are such as could not be loaded again.
     """
     with saving({Path(folder): model}):
         pass
@@ -238,7 +238,7 @@ def saving(models: dict[Path, Tokenizer | Prior]) -> Iterator[None]:
         for folder, model in models.items():
             temporary = stack.enter_context(atomic_folder(folder, overwrite=True))
             write_json_atomic(temporary / CONFIG_NAME, configs[folder])
-            _save_tensors(_weights(model), temporary / WEIGHTS_NAME)
+            _save_tensors(plain_weights(model), temporary / WEIGHTS_NAME)
         yield
 
 
@@ -255,7 +255,25 @@ def _savable_config(model: Tokenizer | Prior, folder: Path) -> dict:
         json.dumps(config, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{type(uncompiled(model)).__name__} cannot be saved: {error}") from error
+    problems = _foreign_weights(model, config)
+    if problems:
+        raise ValueError(
+            f"{type(uncompiled(model)).__name__} cannot be saved, since its weights are not those of its "
+            f"configuration: {problems}; merge adapters into their layers, and remove pruning and parametrizations"
+        )
     return config
+
+
+def _foreign_weights(model: Tokenizer | Prior, config: dict) -> str:
+    """What of its weights a model built by this configuration would not take; empty where it takes all."""
+    build = build_tokenizer if isinstance(uncompiled(model), Tokenizer) else build_prior
+    try:
+        with torch.device("meta"), _Undrawn():
+            expected = build(json.loads(json.dumps(config))).state_dict()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError):
+        return ""  # a constructor of the user's own, of which loading will say it; weights are better saved than lost
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    return _differences({name: tuple(getattr(x, "shape", ())) for name, x in plain_weights(model).items()}, shapes)
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -308,7 +326,9 @@ def _load(folder: Path, build) -> nn.Module:
                 f"have no values: {reason}. Compute with Python's numbers, math.prod(levels), not levels.prod().item()"
             ) from error
         raise ValueError(f"{folder / CONFIG_NAME}: {reason}") from error
-    _check_weights(weights, found, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    problems = _differences(found, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    if problems:
+        raise ValueError(f"{weights} does not belong to its {CONFIG_NAME}: {problems}")
     if (folder / MANIFEST).is_file():
         check_manifest(folder)  # safetensors does not see a bit that flipped in the data
     # A copy in memory: the file's own pages are not aligned, and change with the file
@@ -380,7 +400,8 @@ def _check_sizes(value, key: str = "config") -> None:
         raise ValueError(f"{key} = {value} is beyond the limit of {limit}")
 
 
-def _check_weights(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
+    """The first differences between the shapes of weights and those that a configuration asks for; empty without."""
     problems = [f"missing {name}" for name in sorted(expected.keys() - found.keys())]
     problems += [f"unexpected {name}" for name in sorted(found.keys() - expected.keys())]
     problems += [
@@ -388,9 +409,7 @@ def _check_weights(path: Path, found: dict[str, tuple[int, ...]], expected: dict
         for name in sorted(expected.keys() & found.keys())
         if expected[name] != found[name]
     ]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{path} does not belong to its {CONFIG_NAME}: {'; '.join(problems[:5])}{more}")
+    return "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def _read_header(path: Path) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from pipelines.checkpoint import uncompiled
 from pipelines.drawing import decode_codes, draw_codes, encode_images, one_generator_each
 from pipelines.masks import code_masks, fill_from_around
 from prior.base import Codes, Prior
@@ -45,6 +46,7 @@ def check_candidates(num_candidates: int, ranking: str, batch_size: int) -> None
 
 def check_weighable(prior: Prior, otherwise: str) -> None:
     """Raises ValueError, with what to do otherwise, for a prior under which candidates have no importance weights."""
+    prior = uncompiled(prior)
     if type(prior).log_prob_by_code is Prior.log_prob_by_code:
         raise ValueError(
             f"{type(prior).__name__} does not predict one code after another, so that candidates have no importance "

@@ -7,7 +7,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from pipelines.checkpoint import uncompiled
+from pipelines.checkpoint import plain_weights, uncompiled
 from pipelines.completion import candidate_generators, gumbel_noise, likelihoods
 from pipelines.drawing import decode_codes, draw_codes, encode_images, progress_bar
 from pipelines.masks import check_geometry
@@ -151,15 +151,22 @@ def canvas_tokenizer(tokenizer: Tokenizer, size: tuple[int, int]) -> Tokenizer:
     normalisation and attention, which see the whole canvas, are used on more than they were trained on.
 
     Raises:
-        ValueError: the tokenizer has weights whose shapes depend on the size.
+        ValueError: the tokenizer has weights whose shapes depend on the size, or layers of another kind than it was
+            built with.
     """
     tokenizer = uncompiled(tokenizer)
     config = replace(tokenizer.config, image_shape=(tokenizer.config.image_shape[0], *size))
     reference = next(tokenizer.parameters())
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away
         larger = type(tokenizer)(config)
+    weights = plain_weights(tokenizer)
+    if weights.keys() != larger.state_dict().keys():
+        raise ValueError(
+            f"layers of {type(tokenizer).__name__} were replaced or parametrized, so that no tokenizer for a canvas of "
+            f"{size[0]} x {size[1]} takes its weights; merge adapters, and remove pruning and parametrizations"
+        )
     try:
-        larger.load_state_dict(tokenizer.state_dict(), assign=True)
+        larger.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"{type(tokenizer).__name__} has weights that depend on the size of its images and cannot decode a canvas "

@@ -100,6 +100,8 @@ class CodeSpec:
         if len(codes) != self.num_levels:
             raise ValueError(f"got codes of {len(codes)} levels, this code space has {self.num_levels}: {self}")
         for level, (code, shape, vocab_size) in enumerate(zip(codes, self.shapes, self.vocab_sizes)):
+            if not isinstance(code, Tensor):
+                raise ValueError(f"level {level} of the codes must be a tensor, got {type(code).__name__}")
             of_type = code.is_floating_point() if vocab_size is None else code.dtype == torch.int64
             if tuple(code.shape[1:]) != shape or not of_type:
                 raise ValueError(
@@ -342,6 +344,8 @@ class Prior(nn.Module, ABC):
         Raises:
             ValueError: an option out of range, or one that this prior cannot honour.
         """
+        if not isinstance(num_samples, Integral):
+            raise ValueError(f"num_samples must be an integer, got {num_samples!r}")
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         options = SamplingOptions(temperature, top_k, top_p, min_p, guidance_scale, guidance_schedule)
@@ -452,8 +456,16 @@ class Prior(nn.Module, ABC):
             )
 
     def _check_given(self, given, num_samples: int, device) -> tuple[Codes, Codes]:
-        codes, known = (tuple(part.to(device) for part in parts) for parts in given)
+        if not isinstance(given, Sequence) or len(given) != 2:
+            raise ValueError(
+                "given must be a pair: a tuple of codes and a tuple of boolean masks of those that are known, "
+                f"got {type(given).__name__}{f' of {len(given)}' if isinstance(given, Sequence) else ''}"
+            )
+        codes, known = given
         self.spec.check(codes)
+        if not isinstance(known, Sequence) or not all(isinstance(mask, Tensor) for mask in known):
+            raise ValueError("given needs one boolean mask per level, each a tensor of the shape of its codes")
+        codes, known = (tuple(part.to(device) for part in parts) for parts in given)
         if len(known) != len(codes) or any(k.shape != c.shape or k.dtype != torch.bool for k, c in zip(known, codes)):
             shapes = [tuple(mask.shape) for mask in known]
             raise ValueError(f"given needs one boolean mask per level, each of the shape of its codes, got {shapes}")

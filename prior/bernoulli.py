@@ -76,7 +76,7 @@ class Bernoulli(BitPrior):
         uniform, logits = noise.uniform(self.num_bits), self.logits
         if logits.isnan().any():
             raise ValueError(NOT_NUMBERS)
-        if options.temperature:
+        if options.temperature > torch.finfo(torch.float32).tiny:  # at which 0 / temperature is still a number
             logits = logits / options.temperature
             bits = uniform < logits.sigmoid()
             log_probs = _log_prob_of(bits, logits)

@@ -102,7 +102,8 @@ class GaussianMixture(Prior):
         if given is not None:
             fixed, known = (self._numbers(part) for part in given)
             log_normals = log_normal(fixed.float().unsqueeze(1), means, log_stds)
-            weights = weights + (log_normals * known.unsqueeze(1)).sum(dim=2)
+            # not times `known`: what stands at the other places may be infinitely far
+            weights = weights + log_normals.masked_fill(~known.unsqueeze(1), 0.0).sum(dim=2)
         component = draw(filter_logits(weights, options), uniform, totals := [])
         check_totals(totals)
         if not (means.isfinite().all() and log_stds.isfinite().all()):

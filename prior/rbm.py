@@ -230,6 +230,9 @@ class RBM(BitPrior):
 
         Random bits come from torch's global generator. The first training step starts from such ones, unless codes were
         given before it.
+
+        Raises:
+            ValueError: codes of no image, or of another code space.
         """
         self._before = None
         if codes is None:
@@ -239,6 +242,8 @@ class RBM(BitPrior):
         else:
             self.spec.check(codes)
             bits = codes_to_bits(self.spec, codes)
+            if not len(bits):
+                raise ValueError("codes of at least one image are needed to start chains on, got none")
             self.chains.copy_(bits[torch.arange(len(self.chains), device=bits.device) % len(bits)])
             self.num_updates.clamp_(min=1)  # the first step is to go on from here
             if self.config.sampler == "population_annealing":

@@ -52,6 +52,9 @@ class SamplingOptions:
             raise ValueError(f"min_p must lie in [0, 1], or be None to keep every code, got {self.min_p!r}")
         if not (is_number(self.guidance_scale) and 0 <= self.guidance_scale < math.inf):
             raise ValueError(f"guidance_scale must be finite and at least 0, got {self.guidance_scale!r}")
+        for name in ("temperature", "top_p", "min_p", "guidance_scale"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "guidance_schedule", _checked_schedule(self.guidance_schedule))
         # what changes nothing is not an option at all, so that every prior can honour it
         if self.top_p == 1:

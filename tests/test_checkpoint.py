@@ -14,6 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from pipelines.checkpoint import (
     build_prior,
@@ -248,6 +250,17 @@ def test_a_compiled_model_is_the_model(tmp_path):
     compiled = torch.compile(model, backend="eager")
     assert fingerprint(compiled) == before
     save_model(compiled, tmp_path / "model")
+    assert fingerprint(load_prior(tmp_path / "model")) == before
+
+
+@pytest.mark.parametrize("change", [lambda layer: weight_norm(layer), lambda layer: prune.identity(layer, "weight")])
+def test_weights_that_no_configuration_asks_for_replace_no_folder(change, tmp_path):
+    model = make("prior", "gpt")
+    save_model(model, tmp_path / "model")
+    before = fingerprint(model)
+    change(model.model.layers[0].self_attn.q_proj)
+    with pytest.raises(ValueError, match=r"GPT cannot be saved.* missing model\.layers\.0\.self_attn\.q_proj\.weight;"):
+        save_model(model, tmp_path / "model")
     assert fingerprint(load_prior(tmp_path / "model")) == before
 
 

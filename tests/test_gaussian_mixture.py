@@ -141,6 +141,8 @@ def test_numbers_are_drawn_given_those_that_are_known():
     fixed = torch.full((NUM_SAMPLES, 2), 0.7)
     (z,) = prior.sample(NUM_SAMPLES, given=((fixed,), (known,)), generator=seed())
     assert torch.equal(z[:, 0], fixed[:, 0])
+    far = torch.where(known, fixed, 1e30)  # what stands at the unknown places does not matter
+    assert torch.equal(prior.sample(NUM_SAMPLES, given=((far,), (known,)), generator=seed())[0], z)
     x = torch.linspace(-12, 12, 4001)
     density = prior.log_prob((torch.stack([torch.full_like(x, 0.7), x], dim=1),)).double().exp().detach().numpy()
     cumulative = density.cumsum() / density.sum()

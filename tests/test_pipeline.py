@@ -18,6 +18,7 @@ from PIL import Image
 from pipelines import Pipeline
 from pipelines.animation import CodeRecording, partial_images, save_animation
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, save_model
+from pipelines.demo.actions import description, refusals
 from pipelines.masks import code_masks, named_mask
 from pipelines.pictures import (
     check_picture,
@@ -438,6 +439,27 @@ def test_compiled_parts_are_saved_as_themselves(tmp_path):
     compiled.save_pretrained(tmp_path)
     assert fingerprint(Pipeline.from_pretrained(tmp_path).prior) == fingerprint(pipeline.prior)
     assert "# VQVAE + GPT" in (tmp_path / "README.md").read_text()
+
+
+def test_compiled_parts_do_what_they_do_themselves():
+    pipeline = make("vqvae", "gpt", num_classes=3)
+    compiled = Pipeline(*(torch.compile(part, backend="eager") for part in (pipeline.tokenizer, pipeline.prior)))
+    in_part = Pipeline(copy.deepcopy(pipeline.tokenizer), pipeline.prior)
+    in_part.tokenizer.decoder = torch.compile(in_part.tokenizer.decoder, backend="eager")
+    images, mask = torch.rand(1, 3, 8, 8, generator=seed(1)), torch.zeros(8, 8, dtype=torch.bool)
+    mask[:4] = True
+    options = {"class_labels": 1, "num_candidates": 2, "output_type": "pt"}
+    completed, outpainted = (
+        [call(each, **options, generator=seed(0)) for each in (pipeline, compiled, in_part)]
+        for call in (
+            lambda each, **options: each.complete(images, mask, ranking="importance", **options).images,
+            lambda each, **options: each.outpaint(images, (8, 12), **options),
+        )
+    )
+    for plain, *others in (completed, outpainted):
+        assert all(torch.equal(plain, other) for other in others)
+    assert refusals(compiled) == refusals(pipeline)
+    assert description(compiled) == description(pipeline)
 
 
 def test_given_parts_take_the_place_of_saved_ones(tmp_path):

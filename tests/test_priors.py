@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -847,6 +848,24 @@ def test_guidance_needs_class_dropout(name):
         prior.sample(1, torch.tensor([0]), guidance_scale=2.0)
 
 
+@pytest.mark.parametrize("wrong", [np.zeros((2, 4), np.int64), [[0] * 4] * 2])
+def test_codes_are_tensors(wrong):
+    with pytest.raises(ValueError, match=f"level 0 of the codes must be a tensor, got {type(wrong).__name__}"):
+        build("gpt", tiny.SPECS["bits"]).log_prob((wrong,))
+
+
+def test_options_are_numbers_of_any_kind():
+    prior = build("gpt", tiny.SPECS["bits"], num_classes=2)
+    draws = [
+        prior.sample(
+            8, torch.zeros(8).long(), temperature=kind("0.5"), top_p=kind("0.75"), min_p=kind("0.125"),
+            guidance_scale=kind("2"), generator=torch.Generator().manual_seed(0),
+        )[0]
+        for kind in (float, Fraction, np.float32)
+    ]  # fmt: skip
+    assert all(torch.equal(drawn, draws[0]) for drawn in draws[1:])
+
+
 def test_given_codes_must_fit():
     prior = build("gpt", tiny.SPECS["bits"])
     codes, known = (torch.zeros(2, 4, dtype=torch.int64),), (torch.ones(2, 4, dtype=torch.bool),)
@@ -854,8 +873,20 @@ def test_given_codes_must_fit():
         prior.sample(3, given=(codes, known))
     with pytest.raises(ValueError, match=r"one boolean mask per level, .*got \[\(2, 3\)\]"):
         prior.sample(2, given=(codes, (known[0][:, :3],)))
+    for given, message in (
+        ((codes,), "given must be a pair: .*got tuple of 1"),
+        (codes[0], "given must be a pair: .*got Tensor"),
+        (((codes[0].numpy(),), known), "level 0 of the codes must be a tensor, got ndarray"),
+        ((codes, (known[0].numpy(),)), "one boolean mask per level, each a tensor"),
+        ((codes, known[0]), "one boolean mask per level, each a tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prior.sample(2, given=given)
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         prior.sample(0)
+    for num_samples in (2.0, "2", None):
+        with pytest.raises(ValueError, match=f"num_samples must be an integer, got {num_samples!r}"):
+            prior.sample(num_samples)
     with pytest.raises(ValueError, match=r"generator must be a torch.Generator or a list of them, got \[0, 1\]"):
         prior.sample(2, generator=[0, 1])
 

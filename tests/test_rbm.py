@@ -680,6 +680,8 @@ def test_chains_may_start_from_codes(sampler):
         assert rbm.chains.float().mean().item() == pytest.approx(4 / 7, abs=0.1)
     with pytest.raises(ValueError, match=r"lie in \[0, 2\)"):
         rbm.start_chains((torch.full((1, 8), 2),))
+    with pytest.raises(ValueError, match="at least one image"):
+        rbm.start_chains((torch.empty((0, 8), dtype=torch.int64),))
 
 
 @pytest.mark.parametrize("sampler", ["gibbs", "population_annealing"])
@@ -913,6 +915,11 @@ def test_independent_bits_at_temperature_0_are_the_most_probable_ones():
     best = prior.log_prob(codes).argmax()
     sampled = prior.sample(3, temperature=0.0)
     assert all((s == c[best]).all() for s, c in zip(sampled, codes))
+    with torch.no_grad():
+        prior.left_bias.zero_()
+    assert (
+        prior.sample(3, temperature=1e-46, return_log_prob=True).log_prob.tolist() == [0.0] * 3
+    )  # 1e-46 is 0 in float32
 
 
 # --- annealing samplers ---------------------------------------------------------------------------------------------
@@ -923,6 +930,7 @@ def test_the_binary_quadratic_model_has_the_energies_of_all_states():
     with torch.no_grad():
         rbm.weight[0, 1] = 0
     model = binary_quadratic_model(rbm)
+    assert model == binary_quadratic_model(torch.compile(rbm, backend="eager"))
     np.testing.assert_allclose(model.energies((all_states(5), range(5))), -log_weights(rbm), atol=1e-12)
     assert (model.num_variables, model.num_interactions) == (5, 5)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipelines.animation import CodeRecording, partial_images
+from pipelines.checkpoint import uncompiled
 from pipelines.completion import Completions
 from pipelines.masks import HALVES, code_masks, named_mask
 from pipelines.metrics import psnr
@@ -62,7 +63,7 @@ def refusals(pipeline: Pipeline) -> dict[str, str]:
     (that ranking of completions), "region" (codes with a place in the image), "local" (resample = "local"),
     "unconditional" (no class, or no caption) and "cold" (temperature 0).
     """
-    prior, tokenizer = pipeline.prior, pipeline.tokenizer
+    prior, tokenizer = uncompiled(pipeline.prior), uncompiled(pipeline.tokenizer)
     who = type(prior).__name__
     names = ("temperature", "top_k", "top_p", "min_p", "guidance_scale", "guidance_schedule")
     why = {name: f"{who} cannot honour it" for name in names if name not in prior.sampling_options}
@@ -106,7 +107,7 @@ def classes(pipeline: Pipeline) -> list[str]:
 
 def description(pipeline: Pipeline) -> str:
     """One line: what the pipeline is made of."""
-    tokenizer, prior = pipeline.tokenizer, pipeline.prior
+    tokenizer, prior = uncompiled(pipeline.tokenizer), uncompiled(pipeline.prior)
     channels, height, width = tokenizer.config.image_shape
     levels = []
     for shape, vocab_size in zip(tokenizer.spec.shapes, tokenizer.spec.vocab_sizes):
