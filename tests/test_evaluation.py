@@ -272,6 +272,33 @@ def test_reconstructions_are_measured_image_by_image(batch_size):
     assert measured.counts.get_buffer("total_0").tolist() == table.sum(dim=0).tolist()
 
 
+def ssim_by_hand(first, second):
+    """Wang et al. 2004, window by window, of one channel (H, W)."""
+    offsets = np.arange(11) - 5
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    values = []
+    for row, column in np.ndindex(first.shape[0] - 10, first.shape[1] - 10):
+        x, y = (image[row : row + 11, column : column + 11] for image in (first, second))
+        mx, my = (weights * x).sum(), (weights * y).sum()
+        vx, vy, cov = ((weights * a).sum() for a in ((x - mx) ** 2, (y - my) ** 2, (x - mx) * (y - my)))
+        values.append((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("shape", [(3, 13, 17), (1, 11, 11)])
+def test_ssim_is_the_mean_over_windows_within_the_image(shape):
+    first = torch.rand(2, *shape)
+    second = (first + 0.2 * torch.randn_like(first)).clamp(0, 1)
+    expected = [
+        np.mean([ssim_by_hand(*pair) for pair in zip(*pairs)])
+        for pairs in zip(first.double().numpy(), second.double().numpy())
+    ]
+    np.testing.assert_allclose(ssim(second, first).numpy(), expected, rtol=1e-6)
+    flat = torch.full((1, *shape), 0.7)
+    assert ssim(flat, flat).item() == 1
+
+
 def test_ssim_is_one_for_equal_images_and_falls_with_noise():
     images = torch.rand(4, 1, 16, 16)
     torch.testing.assert_close(ssim(images, images), torch.ones(4))

@@ -243,7 +243,7 @@ class Evaluation:
         self.not_measured |= measured.not_measured
         self.add("reconstruction", {name: means[name] for name in ("psnr", "mse")}, **protocol)
         if "ssim" in means:
-            windows = f"Gaussian, {SSIM_WINDOW} x {SSIM_WINDOW}, deviation 1.5"
+            windows = f"Gaussian, {SSIM_WINDOW} x {SSIM_WINDOW}, deviation 1.5, within the image"
             self.add("ssim", {"ssim": means["ssim"]}, **protocol, windows=windows)
         if "lpips" in means:
             self.add("lpips", {"lpips": means["lpips"]}, **protocol, **self.lpips_parts[1])

@@ -101,6 +101,9 @@ def squared_error(images: Tensor, targets: Tensor) -> Tensor:
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004), (B,), for images in [0, 1].
 
+    The mean over channels and over all Gaussian windows of deviation 1.5 that lie within the image, as in the authors'
+    code and scikit-image's `structural_similarity(..., gaussian_weights=True, use_sample_covariance=False)`.
+
     Raises:
         NotMeasurableError: images smaller than the window, or torchmetrics is not installed.
     """
@@ -113,8 +116,13 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise NotMeasurableError(f"SSIM needs torchmetrics: pip install 'tessera-codes[metrics]' ({error})") from error
-    values = structural_similarity_index_measure(images.float(), targets.float(), data_range=1.0, reduction="none")
-    return values.reshape(len(images))
+    # Variances are differences of means of squares, which float32 rounds; not every device has float64
+    device = "cpu" if images.device.type == "mps" else images.device
+    _, similarity = structural_similarity_index_measure(
+        images.to(device, torch.float64), targets.to(device, torch.float64), data_range=1.0, return_full_image=True
+    )
+    edge = SSIM_WINDOW // 2  # where windows reach beyond the image, which is continued by its reflection there
+    return similarity[..., edge:-edge, edge:-edge].flatten(1).mean(dim=1).float()
 
 
 def lpips(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
