@@ -151,6 +151,17 @@ def test_the_kl_gradient_is_that_of_the_exact_joint_kl(name, options, conditiona
         assert ((mean - value).abs() <= 4.5 * error + 1e-6).all(), key
 
 
+def test_the_pull_of_the_prior_is_float32_also_under_autocast():
+    model = make("dvae", num_groups=2, bits_per_group=4)
+    posterior, _ = model.training_pass(image().expand(4, -1, -1, -1), lambda x: (x, model.relax(x), None))
+    found = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss = model.kl_surrogate(posterior)
+        found.append(torch.autograd.grad(loss, posterior.logits, retain_graph=True)[0])
+    assert torch.equal(*found)
+
+
 def test_dvae_moves_only_draws_at_zero():
     """Where the right side follows zeta of the left one closely: what is lost by taking all draws is large here."""
     model = make("dvae", num_groups=2, bits_per_group=2, beta=3.0)
@@ -425,6 +436,18 @@ def test_the_baseline_moves_once_per_step():
     assert first < 0
     model.after_step()
     assert model.signal_mean == first
+
+
+@pytest.mark.parametrize("name", ["nvil", "reinforce"])
+def test_a_step_that_overflows_leaves_the_baseline_as_it_is(name):
+    model = make(name).train()
+    for scale in (1, math.inf):
+        model(image().expand(4, -1, -1, -1))
+        model._pending *= scale
+        before = model.signal_mean.clone(), model.signal_variance.clone()
+        model.after_step()
+        moved = [not torch.equal(*pair) for pair in zip(before, (model.signal_mean, model.signal_variance))]
+        assert moved == [scale == 1] * 2
 
 
 # The discrete model, whatever trained it

@@ -145,6 +145,13 @@ def test_features_of_another_shape_raise_and_leave_no_trace(quantizer, training)
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in quantizer.state_dict().items())
 
 
+def test_a_batch_of_no_images_has_nothing_to_train_on(quantizer):
+    empty = torch.zeros(0, quantizer.in_channels, 6, 2)
+    with pytest.raises(ValueError, match="cannot train on a batch of no images"):
+        quantizer.train()(empty)
+    assert all(len(code) == 0 for code in quantizer.eval().encode(empty))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_evaluating_features_that_are_not_finite_raises(quantizer, value):
     h = features(quantizer)
@@ -377,6 +384,25 @@ def test_dead_entries_become_encoder_outputs_with_a_fresh_average():
         assert quantizer.cluster_size[entry] == 9
         assert torch.equal(quantizer.cluster_sum[entry], 9 * quantizer.codebook[entry])
     assert not torch.equal(quantizer.codebook[2], quantizer.codebook[3])
+
+
+@pytest.mark.parametrize("num_images", [1, 8, 800])
+def test_a_batch_of_another_size_makes_no_used_entry_dead(num_images):
+    centres = 3 * torch.randn(16, 8)
+
+    def batch(n):
+        codes = (torch.arange(n * 16) * 7 % 16).view(n, 4, 4)
+        return (centres[codes] + 0.05 * torch.randn(n, 4, 4, 8)).movedim(-1, 1)
+
+    quantizer = EMAVQ(codebook_size=16, code_dim=8, init="normal")
+    quantizer.codebook.copy_(centres)
+    quantizer.cluster_sum.copy_(centres)
+    for _ in range(3):
+        train_step(quantizer, batch(8))
+    before = quantizer.codebook.clone()
+    for _ in range(3):
+        train_step(quantizer, batch(num_images))
+        assert (quantizer.codebook - before).norm(dim=1).max() < 0.2  # none was replaced
 
 
 def test_no_more_entries_are_revived_than_there_are_images():

@@ -72,9 +72,9 @@ def some_labels(tokenizer, count: int = 3) -> Tensor | None:
     return torch.arange(count) % tokenizer.num_classes if tokenizer.num_classes else None
 
 
-def train_pass(tokenizer, images: Tensor):
+def train_pass(tokenizer, images: Tensor, step: int = 0):
     labels = some_labels(tokenizer, len(images))
-    return tokenizer.train()(images, 0, *([] if labels is None else [labels]))
+    return tokenizer.train()(images, step, *([] if labels is None else [labels]))
 
 
 def train_step(tokenizer, images: Tensor) -> None:
@@ -241,6 +241,17 @@ def test_any_image_size_works(name, image_shape):
     assert tokenizer.nll(images, out.codes).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", sorted(name for name, kind in TOKENIZERS.items() if issubclass(kind, LatentVAE)))
+def test_pixels_that_are_always_white_have_a_likelihood_in_half_precision(name, dtype):
+    tokenizer = make(name)
+    images = random_images(tokenizer).round()
+    images[..., 0] = 1
+    tokenizer.initialize(images)
+    tokenizer = tokenizer.eval().to(dtype)
+    assert tokenizer.nll(images.to(dtype), tokenizer.encode(images.to(dtype))).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["vqvae", "vqvae2"])
 def test_reconstruction_is_what_the_codes_decode_to(name):
     tokenizer = trained(make(name))
@@ -291,6 +302,25 @@ def test_a_compiled_autoencoder_remembers_what_its_latents_carry(name):
     assert compiled._local_groups == plain._local_groups
     # a Boltzmann prior's chains move between graphs
     assert backend.num_graphs == 1 or name == "dvaepp"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # of torch's own compiler
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_steps_share_compiled_graphs(name):
+    model, num_graphs, num_after = make(name).train(), 0, []
+
+    def count(graph, inputs):
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph
+
+    model.initialize(random_images(model))
+    torch._dynamo.reset()
+    model.compile(backend=count)
+    for step in range(6):
+        train_pass(model, random_images(model), step)
+        num_after.append(num_graphs)
+    assert num_after[2] == num_after[-1], num_after  # the step is a number that graphs take from the second or third on
 
 
 @pytest.mark.parametrize("name", ["vqvae", "vqvae2"])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prior.base import Codes, CodeSpec
 from prior.gaussian_mixture import GaussianMixture, log_normal
+from tokenizer.distributed import mean_over_processes
 from tokenizer.latent_networks import Decoded
 from tokenizer.latent_vae import (
     Inferred,
@@ -117,6 +118,8 @@ class GaussianVAE(LatentVAE):
         config, distortion = self.config, self.likelihood.nll(decoded.params, images)
         if self.is_standard and config.num_draws == 1:
             of_latents = q.kl_to_standard().mean(dim=0)
+            if config.free_nats and self.training:  # of all the step's images, whatever process has them
+                of_latents = mean_over_processes(of_latents)
             nats, charged = of_latents.sum(), of_latents.clamp(min=config.free_nats).sum()
         else:
             kl = q.log_prob(z) - self.prior.log_density(z)

@@ -74,7 +74,8 @@ class GumbelSoftmax(LatentVAE):
         config = self.config
         if step is None:
             return config.temperature_end
-        return max(config.temperature_end, config.temperature_start * math.exp(-config.temperature_decay * step))
+        # not math.exp: torch.compile would make a graph for each step
+        return max(config.temperature_end, config.temperature_start * math.e ** (-config.temperature_decay * step))
 
     def objective(self, images: Tensor, *, step: int | None) -> Trained:
         features, before, codes, kls = self.features(images), [], [], []

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prior.base import Codes, CodeSpec
 from prior.sampling import ImageNoise
 from tokenizer.base import PosteriorDraw, Tokenizer, TokenizerConfig, TokenizerOutput
+from tokenizer.distributed import mean_over_processes
 from tokenizer.latent_networks import LATENT_NETWORKS, Decoded, LocalGroup, Noise
 from tokenizer.likelihoods import LIKELIHOODS
 from tokenizer.quantizers.base import check_finite
@@ -317,7 +318,8 @@ class LatentVAE(Tokenizer):
         decoded = self.network.decode(latents.to(self.mean_image.dtype), features, noise)
         if self.likelihood.num_values == 2:
             # Not by _replace, whose result torch.compile (2.11) cannot carry over a break of the graph
-            decoded = Decoded(decoded.params + self.mean_image.clamp(0.001, 0.999).logit(), decoded.local)
+            mean_logits = self.mean_image.float().clamp(0.001, 0.999).logit()  # 0.999 is 1 in bfloat16
+            decoded = Decoded(decoded.params + mean_logits.to(decoded.params.dtype), decoded.local)
         return decoded
 
     def check_encoded(self, *parameters: Tensor) -> None:
@@ -350,7 +352,8 @@ def balanced_kl(local: dict[str, LocalGroup], kl_weight: float) -> Tensor | floa
     """
     if kl_weight >= 1 or not local:
         return kl_weight * local_kl(local)
-    per_latent = torch.stack([group.kl.detach().mean() / group.num_dims for group in local.values()]) + 1e-4
+    per_latent = torch.stack([group.kl.detach().mean() / group.num_dims for group in local.values()])
+    per_latent = mean_over_processes(per_latent) + 1e-4
     balance = per_latent * len(local) / per_latent.sum()
     return kl_weight * _total([weight * group.kl for weight, group in zip(balance, local.values())])
 

@@ -96,8 +96,11 @@ class REINFORCE(ScoreFunctionVAE):
             torch.distributed.all_reduce(pending)
         mean, mean_square = pending[:2] / pending[2]  # micro-batches are equally large
         variance = (mean_square - mean.square()).clamp(min=0)
+        # Under fp16 a step whose bound overflows is left out by the optimizer, and so it must be here
+        is_number = pending.isfinite().all()
         for kept, new in ((self.signal_mean, mean), (self.signal_variance, variance)):
-            kept.copy_(kept.to(new.dtype).lerp(new, 1 - self.config.baseline_decay))
+            moved = kept.to(new.dtype).lerp(new, 1 - self.config.baseline_decay)
+            kept.copy_(torch.where(is_number, moved, kept.to(new.dtype)))
 
 
 class NVIL(REINFORCE):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.latent_networks.base import Decoded, LatentNetwork, LocalGroup, Noise
+from tokenizer.networks.group_norm import GroupNorm
 
 
 class Conv(LatentNetwork):
@@ -172,12 +173,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        groups = math.gcd(dim, 8)
         self.body = nn.Sequential(
-            nn.GroupNorm(groups, dim),
+            GroupNorm(8, dim),
             nn.SiLU(),
             nn.Conv2d(dim, dim, 3, padding=1),
-            nn.GroupNorm(groups, dim),
+            GroupNorm(8, dim),
             nn.SiLU(),
             nn.Conv2d(dim, dim, 3, padding=1),
         )

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tokenizer.distributed import is_distributed
+from tokenizer.distributed import is_distributed, mean_over_processes
 from tokenizer.latent_networks.base import Decoded, LatentNetwork, Noise
 
 
@@ -91,30 +91,12 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):  # moments in float32
             rows = x.to(self.running_mean.dtype)
-            mean = _MeanOverProcesses.apply(rows.mean(dim=0))
-            variance = _MeanOverProcesses.apply((rows - mean).square().mean(dim=0))
+            mean = mean_over_processes(rows.mean(dim=0))
+            variance = mean_over_processes((rows - mean).square().mean(dim=0))
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * num_rows / (num_rows - 1), self.momentum)
             self.num_batches_tracked += 1
             return ((rows - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(x.dtype)
-
-
-class _MeanOverProcesses(torch.autograd.Function):
-    """The mean over all processes, each of whose losses depends on it: so their gradients are averaged too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return _mean_over_processes(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return _mean_over_processes(gradient)
-
-
-def _mean_over_processes(x: Tensor) -> Tensor:
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def _affine(in_features: int, out_features: int) -> nn.Linear:

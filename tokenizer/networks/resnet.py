@@ -1,6 +1,5 @@
 """Residual blocks with group normalisation and optional attention: the networks of VQGAN."""
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -8,6 +7,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizer.networks.factor import num_halvings
+from tokenizer.networks.group_norm import GroupNorm
+
+EPS = 1e-6  # of the normalisation, as in the authors' code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +81,15 @@ class ResNet:
         return [block, _Attention(channels, self.num_groups), other] if self.attention else [block, other]
 
     def _head(self, channels: int, out_channels: int) -> list[nn.Module]:
-        return [_norm(channels, self.num_groups), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)]
-
-
-def _norm(channels: int, num_groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(num_groups, channels), channels, eps=1e-6)
+        return [GroupNorm(self.num_groups, channels, EPS), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)]
 
 
 class _ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_groups: int):
         super().__init__()
-        self.norm1 = _norm(in_channels, num_groups)
+        self.norm1 = GroupNorm(num_groups, in_channels, EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels, num_groups)
+        self.norm2 = GroupNorm(num_groups, out_channels, EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -107,7 +105,7 @@ class _Attention(nn.Module):
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
-        self.norm = _norm(channels, num_groups)
+        self.norm = GroupNorm(num_groups, channels, EPS)
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 

@@ -55,7 +55,8 @@ class Quantizer(nn.Module, ABC):
         """For a subclass to call before it looks at h, or keeps anything of it.
 
         Raises:
-            ValueError: h is not (B, in_channels, h, w) with h and w at least 1; not finite, when evaluating.
+            ValueError: h is not (B, in_channels, h, w) with h and w at least 1, and B when training; not finite, when
+                evaluating.
         """
         if h.dim() != 4 or h.shape[1] != self.in_channels or 0 in h.shape[2:]:
             raise ValueError(
@@ -64,6 +65,8 @@ class Quantizer(nn.Module, ABC):
             )
         if not self.training:
             check_finite(h)
+        elif len(h) == 0:
+            raise ValueError(f"{type(self).__name__} cannot train on a batch of no images, got {tuple(h.shape)}")
 
     def after_step(self) -> None:
         """To be called once after each optimizer step, on every process: codebooks of running averages move here."""

@@ -34,7 +34,7 @@ class EMAVQ(CodebookQuantizer):
         epsilon: Laplace smoothing of the counts, which keeps an unused entry from a division by zero.
         init: where the codebook starts: "kmeans" centres of the first batch, vectors of it ("data"), or N(0, 1).
         revive_below: an entry is replaced when its running count falls below this fraction of the uniform share, the
-            vectors of a step / K; 0 never replaces.
+            vectors of a step / K, of this step or of those before if that is less; 0 never replaces.
     Raises:
         ValueError: an argument out of range; features of another shape, or not finite when evaluating.
         RuntimeError: training passes over 131,072 images without `after_step`, unless revive_below is 0.
@@ -117,7 +117,8 @@ class EMAVQ(CodebookQuantizer):
         if not ((share > 0) & torch.stack(torch.aminmax(sums)).isfinite().all()):
             return
         self._update_averages(counts, sums, share)
-        self._revive(share, candidates)
+        # A step of more vectors than those before makes no entry dead that has its share of these
+        self._revive(torch.minimum(share, self.cluster_size.mean()), candidates)
 
     def _update_averages(self, counts: Tensor, sums: Tensor, share: Tensor) -> None:
         """The update of appendix A.1, with N_i and m_i starting as if every entry had always had its uniform share.

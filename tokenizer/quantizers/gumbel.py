@@ -24,8 +24,8 @@ class Gumbel(Quantizer):
         codebook_size: number of entries K, and of channels of the feature map.
         code_dim: width D of an entry.
         kl_weight: weight of the KL divergence, in nats per position. The reconstruction loss is a mean over the C H W
-            values of an image: (codes per image) / (C H W) makes the sum a multiple of the evidence bound. 5e-4 is
-            that of VQGAN's code.
+            values of an image: (codes per image) / (C H W) makes the sum a multiple of the evidence bound, that of a
+            fixed scale where the loss has none (`normal`: of half the data's variance). 5e-4 is that of VQGAN's code.
         temperature_start: temperature at step 0; 1 is DALL-E's.
         temperature_end: temperature from step decay_steps on; 1/16 is DALL-E's.
         decay_steps: steps over which the temperature falls along half a cosine; 150,000 are DALL-E's.
