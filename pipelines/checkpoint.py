@@ -242,13 +242,21 @@ def saving(models: dict[Path, Tokenizer | Prior]) -> Iterator[None]:
         yield
 
 
+def check_model_folders(*folders: Path) -> None:
+    """Raises ValueError for one that holds other files than a model's, which a new model's would delete."""
+    ours = {CONFIG_NAME, WEIGHTS_NAME, MANIFEST, *OS_LITTER}
+    for folder in folders:
+        others = sorted({path.name for path in folder.iterdir()} - ours) if folder.is_dir() else []
+        if others:
+            raise ValueError(
+                f"{folder} holds other files than a model's ({', '.join(others[:3])}); move them away, or name a new "
+                "folder"
+            )
+
+
 def _savable_config(model: Tokenizer | Prior, folder: Path) -> dict:
     """`model_config` of a model that can be saved as this folder and loaded again."""
-    if folder.is_dir():
-        ours = {CONFIG_NAME, WEIGHTS_NAME, MANIFEST, *OS_LITTER}
-        others = sorted({path.name for path in folder.iterdir()} - ours)
-        if others:
-            raise ValueError(f"{folder} holds other files than a model's ({', '.join(others[:3])}); name a new folder")
+    check_model_folders(folder)
     config = model_config(model)
     try:
         _check_sizes(config)
@@ -416,6 +424,7 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a weights file."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
+    path.open("rb").close()  # of a file that cannot be read safetensors says that there is none
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)

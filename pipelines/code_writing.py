@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pipelines.batches import derived_seed
+from pipelines.checkpoint import CONFIG_NAME
 from pipelines.codes import (
     CAPTIONS,
     FORMAT,
@@ -41,6 +42,7 @@ from pipelines.config import differences
 from pipelines.files import atomic_file, folder_lock, read_json, remove_stale, write_json_atomic
 from pipelines.images import ImageDataset
 from pipelines.memory import naming_memory
+from pipelines.pipeline_index import INDEX_NAME
 from pipelines.seeding import own_randomness
 from prior.base import Codes, CodeSpec, evaluating
 
@@ -126,8 +128,8 @@ def write_codes(
         progress: whether the main process shows a progress bar.
         overwrite: whether a store of another tokenizer, split, data or classes may be replaced.
     Raises:
-        ValueError: `folder` holds another store or is in use; no images; weights that are not finite; codes or labels
-            out of range; codes that are real numbers.
+        ValueError: `folder` holds another store or a model, or is in use; no images; weights that are not finite;
+            codes or labels out of range; codes that are real numbers.
         OSError: disk full or not writable, with the path.
         MemoryError: a batch does not fit into memory.
     """
@@ -140,6 +142,8 @@ def write_codes(
     folder = Path(folder)
     class_names = list(dataset.class_names)
     plan = Plan(tokenizer.spec, len(dataset), part_size, fingerprint, split, dataset.identity, class_names)
+    if models := [name for name in (CONFIG_NAME, INDEX_NAME) if (folder / name).is_file()]:
+        raise ValueError(f"{folder} is a model's folder (it has {models[0]}), which codes would spoil; name another")
     plan.dtypes  # noqa: B018  a vocabulary too large to be stored shall not wait for the first part
     with ExitStack() as stack:
 

@@ -194,7 +194,7 @@ def parse(
         if not isinstance(section, Polymorphic):
             _refuse_blanks(parser, name, section, parsed[name])
     for name, kind in inspect.get_annotations(options).items():
-        if parsed[name] is None or isinstance(parsed[name], list):
+        if parsed[name] is None or isinstance(parsed[name], (list, str)):
             parsed[name] = _as_typed(parsed[name], kind, peek(name, argv))
     return plain(parsed)
 
@@ -209,10 +209,22 @@ def _as_typed(value, kind, typed: str | None):
         return value
     if value is None:
         return typed if str in kinds and typed.strip().lower() != "null" else None
+    if isinstance(value, str):  # a list of words some of which YAML reads as numbers, which is none of words to it
+        words = _read_list(typed) if list[str] in kinds else None
+        return value if words is None else words
     if any(str in of for item in kinds for of in map(get_args, get_args(item))):
         words = yaml.load(typed, yaml.BaseLoader)
         return [word if isinstance(item, int) and str(item) != word else item for item, word in zip(value, words)]
     return value
+
+
+def _read_list(typed: str) -> list[str] | None:
+    """The words of a list as YAML has it, as they stand there; None for anything else."""
+    try:
+        words = yaml.load(typed, yaml.BaseLoader)
+    except yaml.YAMLError:
+        return None
+    return words if isinstance(words, list) and all(isinstance(word, str) for word in words) else None
 
 
 def _without_other_types(argv: list[str], chosen: dict[str, str], known: set[str]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -251,7 +252,7 @@ def _check_split_names(root: Path, given: dict[str, Path]) -> None:
     splits = [root / name for name in ("train", "test", *VALIDATION_FOLDERS) if (root / name).is_dir()]
     others = [name for name in names if not any(split.samefile(root / name) for split in splits)]
     extensions = _extensions()
-    others = [name for name in others if any(path.suffix.lower() in extensions for path in (root / name).rglob("*"))]
+    others = [name for name in others if any(path.suffix.lower() in extensions for path in _files_under(root / name))]
     if others:
         raise ValueError(
             f"{root} has images in {_listed(others)} beside train/; if train is a class like these, move all of them "
@@ -267,15 +268,31 @@ def _class_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def _files_under(top: Path) -> Iterator[Path]:
+    """All files, also in folders that are links, each folder once. Raises OSError for one that cannot be read."""
+
+    def cannot_read(error: OSError):
+        raise error
+
+    seen = set()
+    for folder, subfolders, names in os.walk(top, followlinks=True, onerror=cannot_read):
+        subfolders.sort()  # which of several links to one folder is taken shall not depend on the disk
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder) / name for name in names)
+
+
 def _list_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
     """Class names, paths relative to `folder` in the order of class and path, labels."""
     extensions = _extensions()
 
-    def images_under(top: Path, pattern: str) -> list[str]:
-        paths = (path.relative_to(folder) for path in top.glob(pattern) if path.suffix.lower() in extensions)
+    def images_among(files: Iterable[Path]) -> list[str]:
+        paths = (path.relative_to(folder) for path in files if path.suffix.lower() in extensions)
         return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
 
-    loose, class_names = images_under(folder, "*"), _class_folders(folder)
+    loose, class_names = images_among(folder.iterdir()), _class_folders(folder)
     if not class_names:
         if not loose:
             raise ValueError(f"{folder} holds no images; known extensions are {', '.join(sorted(extensions))}")
@@ -286,7 +303,7 @@ def _list_images(folder: Path) -> tuple[list[str], list[str], list[int]]:
         )
     paths, labels = [], []
     for label, name in enumerate(class_names):
-        found = images_under(folder / name, "**/*")
+        found = images_among(_files_under(folder / name))
         if not found:
             raise ValueError(f"class folder {folder / name} holds no images; fill it or remove it")
         paths += found

@@ -14,6 +14,8 @@ from accelerate.utils import GradientAccumulationPlugin, LoggerType
 
 from tokenizer.registry import nearest_known
 
+LAUNCHED_BY = "TESSERA_LAUNCHED_BY"  # variable of the environment: the process id of the script that runs this one
+
 
 def make_accelerator(config, folder: Path) -> Accelerator:
     """The accelerator for a run.
@@ -70,15 +72,16 @@ def end_with_the_launcher() -> None:
 
     Without a launcher the parent is a shell, whose end must not stop a run started with nohup.
     """
-    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
-    if launched and sys.platform == "linux":
+    names = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", LAUNCHED_BY)
+    if any(name in os.environ for name in names) and sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         # It may have died before, while this process imported; in a container process 1 can be the launcher itself
         parent = Path("/proc/1/cmdline").read_bytes()
-        if os.getppid() == 1 and b"accelerate" not in parent and b"torch" not in parent:
+        is_launcher = b"accelerate" in parent or b"torch" in parent or os.environ.get(LAUNCHED_BY) == "1"
+        if os.getppid() == 1 and not is_launcher:
             os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -37,6 +37,13 @@ def find_run(run: str | None, containing: str, runs: Path = RUNS) -> Path:
     return max(found, key=lambda folder: _last_trained(folder, containing))
 
 
+def output_folder(name: str | None, default: Path) -> Path:
+    """The folder named, or the default one. Raises ValueError for an empty name: an unset variable of the shell."""
+    if name is not None and not name.strip():
+        raise ValueError("output must name a folder, got an empty name; leave it out for the default")
+    return default if name is None else Path(name)
+
+
 def _last_trained(folder: Path, containing: str) -> float:
     """When its weights were written, since an evaluation writes other files anew."""
     weights = [path for part in ("tokenizer", "prior") for path in folder.glob(f"{part}/*.safetensors")]
@@ -105,6 +112,14 @@ def adopt_data_section(run: Path, folder: Path) -> None:
     """Copies a run's stage-one configuration, where it has one, to the folder of a prior that was trained elsewhere."""
     if (run / "stage_one" / "config.yaml").is_file():
         save_config(folder / "stage_one" / "config.yaml", read_yaml(run / "stage_one" / "config.yaml"))
+
+
+def was_trained_on(run: Path, images: ImageDataset) -> bool:
+    """Whether a run's tokenizer was trained on these training images, as far as the run tells."""
+    recorded, path = _contents_trained_on(run), run / "stage_one" / "config.yaml"
+    if recorded is not None:
+        return images.contents == recorded
+    return not path.is_file() or read_yaml(path)["data"].get("name") == images.config.name
 
 
 def load_images_for(tokenizer: Tokenizer, config: DataConfig, split: str, *, run: Path | None = None) -> ImageDataset:

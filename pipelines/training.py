@@ -27,7 +27,7 @@ from pipelines.batches import StepBatches, derived_seed, read_batch, to_device
 from pipelines.checkpoint import has_states, load_state, newest_state, save_state
 from pipelines.config import differences, flatten, read_yaml
 from pipelines.ema import EMA
-from pipelines.files import folder_lock, naming, read_json, write_json_atomic
+from pipelines.files import folder_lock, naming, read_json, remove_stale, write_json_atomic
 from pipelines.launch import StopRequest, ignore_stop_signals
 from pipelines.memory import naming_memory
 from pipelines.objectives import Objective
@@ -280,6 +280,9 @@ class _Run:
                 update.module.to(self.accelerator.device).initialize(batch)
 
     def _resume(self) -> None:
+        if self.accelerator.is_main_process:
+            for folder in (self.folder, self.folder / "samples"):
+                remove_stale(folder)
         state = self.state
         if state is None:
             if self.accelerator.is_main_process:  # what a run left that was killed before its first state
@@ -571,17 +574,20 @@ class _Run:
             flat = flatten(self.resolved).items()
             # TensorBoard takes neither lists nor None
             scalars = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in flat}
-            self.accelerator.init_trackers("tessera", config=scalars)
+            with naming(self.folder):  # a tracker's own files
+                self.accelerator.init_trackers("tessera", config=scalars)
 
     def _finish_trackers(self) -> None:
         # accelerator.end_training would also take down the processes' connection, which codes are written over
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
+        with naming(self.folder):
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         if not values:
             return
-        self.accelerator.log(values, step=step)
+        with naming(self.folder):
+            self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             # JSON has no infinity, which the norm of gradients is in a step that fp16 leaves out
             line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}

@@ -183,6 +183,9 @@ class Pipeline:
         plain = copy(self)
         plain.tokenizer, plain.prior = uncompiled(self.tokenizer), uncompiled(self.prior)
         text = {} if self.text_tokenizer is None else {TEXT_TOKENIZER: [TEXT_TOKENIZER, TextTokenizer.__name__]}
+        # The card first: where the index is the right one, so is the card
+        with atomic_file(folder / "README.md") as file:
+            file.write(model_card(plain).encode())
         write_json_atomic(
             folder / INDEX_NAME,
             {
@@ -196,8 +199,6 @@ class Pipeline:
                 "evaluations": self.evaluations,
             },
         )
-        with atomic_file(folder / "README.md") as file:
-            file.write(model_card(plain).encode())
 
     def _make_plain(self) -> None:
         """Makes metrics and evaluations what they will be when loaded again."""
@@ -519,6 +520,8 @@ class Pipeline:
             given = class_labels if prompts is None else prompts
             several = isinstance(given, Sequence) and not isinstance(given, str)
             num_images = len(given) if several else 1
+            if several and not given:
+                raise ValueError(f"{'class_labels' if prompts is None else 'prompts'} must hold at least one, got none")
         if not isinstance(num_images, Integral):
             raise ValueError(f"num_images must be an integer, got {num_images!r}; class labels are the second argument")
         if not isinstance(batch_size, Integral):
@@ -539,7 +542,10 @@ class Pipeline:
         if not isinstance(images, Tensor):
             pictures = isinstance(images, Sequence) and all(isinstance(image, Image.Image) for image in images)
             if not pictures or not images:
-                raise ValueError("images must be PIL images, or one tensor (batch, channels, height, width)")
+                got = "none" if pictures else type(images).__name__
+                raise ValueError(
+                    f"images must be PIL images, or one tensor (batch, channels, height, width); got {got}"
+                )
             preprocessing = self.tokenizer.config.preprocessing
             images = torch.stack([preprocess_image(image, preprocessing) for image in images])
         with evaluating(self.tokenizer):  # in training it would not look at the range

@@ -29,7 +29,7 @@ from pipelines.evaluation.evaluate import Group
 from pipelines.files import folder_lock, write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
-from pipelines.runs import RUNS
+from pipelines.runs import RUNS, output_folder
 from pipelines.scripting import Outcome, choose_device, refuse_several_processes, run_script
 from pipelines.training_config import TrainingConfig
 
@@ -86,7 +86,7 @@ def main() -> Outcome:
     if isinstance(config["metrics"], str):
         config["metrics"] = [config["metrics"]]
     device = choose_device(config["device"])
-    output = Path(config["output"] or RUNS / (Path(path).stem if path else "comparison"))
+    output = output_folder(config["output"], RUNS / (Path(path).stem if path else "comparison"))
 
     models = [] if entries is None else resolve(entries["models"], **{name: config[name] for name in sections})
     members = members_of(models, runs, output)

@@ -26,8 +26,9 @@ from pipelines.evaluation.report import RESULT_NAME, dropped, earlier_result, fo
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig
 from pipelines.images import Split as ImageSplit
+from pipelines.launch import end_with_the_launcher
 from pipelines.pipeline_index import INDEX_NAME
-from pipelines.runs import find_run, load_images_for, load_pipeline, saved_data_section
+from pipelines.runs import find_run, load_images_for, load_pipeline, saved_data_section, was_trained_on
 from pipelines.scripting import (
     Outcome,
     check_seed,
@@ -84,6 +85,7 @@ def data_of_the_run() -> dict:
 
 def main() -> Outcome:
     refuse_several_processes()
+    end_with_the_launcher()  # which compare.py is
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     check_seed(config["seed"])
     run = find_run(config["run"], INDEX_NAME)
@@ -115,6 +117,7 @@ def main() -> Outcome:
             pipeline,
             images,
             train_images,
+            trained_on_them=train_images is None or was_trained_on(run, train_images),
             ood=[config["ood"]] if isinstance(config["ood"], str) else config["ood"] or (),
             folder=run / "evaluation",
             **{name: config[name] for name in options},

@@ -8,7 +8,6 @@ dump continues when the command is run again.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pipelines.checkpoint import fingerprint, load_tokenizer
@@ -16,7 +15,7 @@ from pipelines.code_writing import write_codes
 from pipelines.config import parse, peek
 from pipelines.images import DataConfig
 from pipelines.launch import make_accelerator
-from pipelines.runs import find_run, load_images_for, saved_data_section
+from pipelines.runs import find_run, load_images_for, output_folder, saved_data_section
 from pipelines.scripting import Outcome, run_script, say_unused_captions
 from pipelines.training_config import TrainingConfig
 
@@ -53,7 +52,7 @@ def data_of_the_run() -> dict:
 def main() -> Outcome | None:
     config = parse(__doc__, {"data": DataConfig}, Options, defaults=data_of_the_run)
     run = find_run(config["run"], TOKENIZER)
-    output = Path(config["output"] or run / "codes" / config["split"])
+    output = output_folder(config["output"], run / "codes" / config["split"])
     accelerator = make_accelerator(TrainingConfig(cpu=config["cpu"], tracker="none"), output)
 
     tokenizer = load_tokenizer(run / "tokenizer").to(accelerator.device)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pipelines.belonging import check_codes_belong
-from pipelines.checkpoint import build_prior, fingerprint, load_tokenizer, save_model
+from pipelines.checkpoint import build_prior, check_model_folders, fingerprint, load_tokenizer, save_model
 from pipelines.codes import CodeDataset
 from pipelines.conditions import condition_on
 from pipelines.config import Polymorphic, parse, peek
@@ -23,7 +23,7 @@ from pipelines.launch import make_accelerator
 from pipelines.objectives import PriorLoss, unigram_nats_per_code
 from pipelines.pictures import save_samples
 from pipelines.pipeline_index import TEXT_TOKENIZER
-from pipelines.runs import CODES, adopt_data_section, digits_recipe, find_codes, save_config
+from pipelines.runs import CODES, adopt_data_section, digits_recipe, find_codes, output_folder, save_config
 from pipelines.scripting import Outcome, run_script
 from pipelines.stages import save_stage_two
 from pipelines.text import TextConfig
@@ -59,9 +59,10 @@ def main() -> Outcome | None:
     sections = {"prior": Polymorphic(PRIORS, "gpt"), "text": TextConfig, "training": TrainingConfig}
     config = parse(__doc__, sections, Options, defaults=recipe)
     run = find_codes(config["run"])
-    folder = Path(config["output"] or run)
+    folder = output_folder(config["output"], run)
     training = TrainingConfig(**config["training"])
     accelerator = make_accelerator(training, folder / "stage_two")
+    check_model_folders(folder / "tokenizer", folder / "prior")
 
     # Codes, and the tokenizer that they came from
     train_codes, validation_codes = (CodeDataset(run / "codes" / split) for split in ("train", "validation"))
@@ -116,7 +117,13 @@ def main() -> Outcome | None:
     if accelerator.is_main_process:
         prior = build_prior({**config["prior"], **implied})
         prior.load_state_dict(result.weights)
-        if folder.resolve() != run.resolve():
+        in_place = folder.resolve() == run.resolve()
+        if in_place and fingerprint(load_tokenizer(run / "tokenizer")) != fingerprint(tokenizer):
+            raise ValueError(
+                f"the tokenizer in {run} was trained anew while this prior trained on the old one's codes, so they are "
+                f"no pipeline; for a prior over the new codes, give another --output, or remove {folder / 'stage_two'}"
+            )
+        if not in_place:
             save_model(tokenizer, folder / "tokenizer")
             adopt_data_section(run, folder)
         save_model(prior, folder / "prior")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from pipelines.checkpoint import build_tokenizer_for, fingerprint, save_model
+from pipelines.checkpoint import build_tokenizer_for, check_model_folders, fingerprint, save_model
 from pipelines.code_writing import fitting_batch_size, write_codes
 from pipelines.codes import smallest_dtype
 from pipelines.config import Polymorphic, parse, peek
@@ -22,7 +22,7 @@ from pipelines.images import DataConfig, load_images
 from pipelines.launch import make_accelerator
 from pipelines.objectives import TokenizerLoss
 from pipelines.pictures import save_reconstructions, save_samples
-from pipelines.runs import RUNS, digits_recipe, save_config
+from pipelines.runs import RUNS, digits_recipe, output_folder, save_config
 from pipelines.scripting import Outcome, run_script, say_skipped, say_unused_captions
 from pipelines.stages import save_stage_one
 from pipelines.training import Update, adamw, describe, fit
@@ -47,9 +47,10 @@ class Options:
 def main() -> Outcome | None:
     sections = {"data": DataConfig, "tokenizer": Polymorphic(TOKENIZERS, "vqvae"), "training": TrainingConfig}
     config = parse(__doc__, sections, Options, defaults=lambda: digits_recipe(DIGITS_RECIPE, peek("data.name")))
-    folder = Path(config["output"] or RUNS / f"{config['data']['name'].lower()}-{config['tokenizer']['type']}")
+    folder = output_folder(config["output"], RUNS / f"{config['data']['name'].lower()}-{config['tokenizer']['type']}")
     training = TrainingConfig(**config["training"])
     accelerator = make_accelerator(training, folder / "stage_one")
+    check_model_folders(folder / "tokenizer")
 
     # Data: one process downloads, and validation images take the size and channels found in the training images
     with accelerator.main_process_first():

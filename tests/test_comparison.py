@@ -195,6 +195,24 @@ def test_an_evaluation_that_cannot_be_made_is_refused_before_training(tmp_path, 
         check_before(members_of(entries, [], runner.output), runner, entries[0].stage_one["data"])
 
 
+def test_a_model_that_cannot_stand_beside_those_that_are_measured_is_refused_before_training(tmp_path):
+    data = {"name": "digits", "binarize": "fixed"}
+    entries = resolved(write_entries(tmp_path, [{"name": name, "tokenizer": VQ} for name in "ab"], data=data))
+    evaluation = {"split": "test", "metrics": None, "num_draws": 1, "num_samples": 10, "inception_weights": None,
+                  "lpips_weights": None, "seed": 0, "batch_size": 8}  # fmt: skip
+    runner = Runner(tmp_path / "out", tmp_path, evaluation)
+    runner.missing = lambda member: [] if member.name == "a" else ["stage_one", "evaluation"]
+    members = members_of(entries, [], runner.output)
+    identity = load_images(DataConfig(**entries[0].stage_one["data"]), "test").identity
+    result = {"data": identity, "protocol": {}, "seed": 0, "groups": {}, "metrics": {}}
+    (runner.output / "models" / "a").mkdir(parents=True)
+    for content, message in ((identity["content"], None), ("0" * 64, "a and b cannot stand in one table")):
+        measured = {**result, "data": {**identity, "content": content}}
+        write_json_atomic(runner.output / "models" / "a" / "evaluation.json", measured)
+        with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+            check_before(members, runner, entries[0].stage_one["data"])
+
+
 def test_the_run_folders_of_the_example_are_of_the_same_data():
     (example,) = re.findall(
         r"--runs '\[(.*?)\]'", (ROOT / "scripts" / "compare.py").read_text().partition('"""\n\n')[0]
@@ -542,6 +560,33 @@ def test_the_time_left_follows_from_the_stages_that_are_known(monkeypatch):
     progress.end(True)
     progress.drop(0)
     assert [title for _, title, _ in progress.plan] == ["b"]
+    progress.close()
+
+
+def test_the_time_left_of_a_stage_that_goes_on_is_that_of_its_steps_from_there(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now))
+    progress = Progress(steps={"stage_one": 100}, in_words=IN_WORDS, seconds={"stage_one": [400.0]})
+    progress.start([("a", ["stage_one"]), ("b", ["stage_one"])])
+    progress.begin(0, "a", "stage_one", step=80)
+    assert progress.seconds_left() == pytest.approx(0.2 * 400 + 400)
+    now += 10
+    progress.at(80)
+    assert progress.seconds_left() == pytest.approx(0.2 * 400 - 10 + 400)
+    now += 10
+    progress.at(90)  # 10 steps in 20 s: 20 s to go, and 200 s in all
+    assert progress.seconds_left() == pytest.approx(20 + 400)
+    now += 20
+    progress.at(100)
+    assert progress.stage_seconds() == pytest.approx(200)
+    progress.end(True)
+    assert progress.seconds["stage_one"] == [400, pytest.approx(200)]
+    progress.begin(1, "b", "stage_one", step=50)
+    now += 5
+    progress.at(30)  # its last state was earlier than its log
+    assert progress.seconds_left() == pytest.approx(0.7 * 300 - 5)
+    progress.end(True)
+    assert len(progress.seconds["stage_one"]) == 2  # of which part it took these seconds is not known
     progress.close()
 
 

@@ -233,6 +233,9 @@ class TextOptions:
     [
         ("prompts", "#1 dad", "#1 dad"), ("prompts", "~", "~"), ("prompts", "a #b", "a #b"),
         ("prompts", "[a, b]", ["a", "b"]), ("labels", "#a", "#a"), ("labels", "null", None), ("labels", "001", "001"),
+        ("prompts", "[3, 7]", ["3", "7"]), ("prompts", "[010, two]", ["010", "two"]), ("prompts", "[a, b", "[a, b"),
+        ("prompts", "[~, a red fox]", ["~", "a red fox"]), ("prompts", "[true, 1e3]", ["true", "1e3"]),
+        ("prompts", "[[1], 2]", "[[1], 2]"),
         ("labels", "['001', '010']", ["001", "010"]), ("labels", "[001, 010]", ["001", "010"]),
         ("labels", "[3, 7, a]", [3, 7, "a"]), ("columns", "~", None), ("box", "[010, 8]", [8, 8]),
     ],

@@ -909,6 +909,15 @@ def test_groups_that_are_not_measured_again_stay_with_their_protocol_and_command
     assert third["protocol"]["likelihood"]["num_draws"] == "any: the encoder is deterministic"
 
 
+def test_numbers_of_another_data_set_are_replaced_with_a_word(saved_run):
+    saved_run.evaluate("codebook")
+    for path in (saved_run.folder / "evaluation.json", saved_run.folder / "model_index.json"):
+        path.write_text(path.read_text().replace('"name": "digits"', '"name": "MNIST"'))
+    _, (line,) = saved_run.evaluate("codebook")
+    assert line.endswith("were of MNIST, not of digits; their numbers are replaced")
+    assert saved_run.evaluate("codebook")[1] == []
+
+
 def test_another_split_replaces_no_numbers_of_the_card(saved_run):
     first, _ = saved_run.evaluate("likelihood")
     second, (line,) = saved_run.evaluate("codebook", split="validation")

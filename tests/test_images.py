@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 import zlib
+from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
@@ -567,6 +568,31 @@ def test_a_single_class_may_be_called_as_a_split_is(tmp_path):
     for name in ("test", "exam"):
         save(tmp_path / name / "0.png", noise(4, 4))
     assert folder(tmp_path).class_names == ["exam", "test"]
+
+
+def test_folders_that_are_links_are_followed_and_each_is_seen_once(classes, tmp_path):
+    linked = tmp_path / "linked"
+    for name in ("ant", "zebra"):
+        (linked / name / "inner").mkdir(parents=True)
+        (linked / name / "inner" / "link").symlink_to(classes / name)
+        (linked / name / "again").symlink_to(classes / name)
+        (linked / name / "up").symlink_to(linked / name)  # a loop
+    dataset = folder(linked, split="all")
+    assert Counter(dataset[i]["label"].item() for i in range(len(dataset))) == {0: 5, 1: 4}
+
+
+def test_a_folder_that_cannot_be_read_is_named(classes, monkeypatch):
+    (classes / "ant" / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="locked"):
+        folder(classes)
 
 
 def test_empty_class_folder_is_named(classes):

@@ -14,6 +14,7 @@ from pathlib import Path
 import evaluate as evaluate_script
 import pytest
 import torch
+import train_prior as train_prior_script
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -26,8 +27,9 @@ from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig, load_images
 from pipelines.masks import named_mask
 from pipelines.pictures import save_grid
-from pipelines.runs import save_config
+from pipelines.runs import save_config, was_trained_on
 from pipelines.scripting import choose_device, say_skipped
+from pipelines.training import fit
 from pipelines.training_config import TrainingConfig
 from prior import PRIORS
 from prior.base import CodeSpec
@@ -349,6 +351,7 @@ def test_codes_of_another_tokenizer_are_refused(run_folder, tmp_path):
             ["--output", "file"],
             "file/stage_one cannot be a folder, since there is a file in its place",
         ),
+        ("train_tokenizer", ["--output", ""], "output must name a folder, got an empty name"),
         ("train_tokenizer", ["--tokenizer.downsample_factor", "3"], "downsample_factor must be a power of two"),
         ("sample", ["--output", "x.jpg"], "name a file that ends in .png"),
         ("sample", ["--output", "file/x.png"], "file/x.png cannot be written: "),
@@ -409,6 +412,55 @@ def test_an_evaluation_of_models_that_were_trained_anew_meanwhile_is_not_recorde
     with pytest.raises(ValueError, match="were trained anew while the old ones were measured"):
         evaluate_script.main()
     assert (folder / "model_index.json").read_text() == index
+
+
+def test_a_prior_whose_tokenizer_was_trained_anew_meanwhile_enters_no_pipeline(run_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    shutil.rmtree(folder / "stage_two")
+    index, prior = (folder / "model_index.json").read_text(), load_file(folder / "prior" / "model.safetensors")
+
+    def trained_while_another_trains(*arguments, **options):
+        result = fit(*arguments, **options)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        next(tokenizer.parameters()).data.add_(1)
+        save_model(tokenizer, folder / "tokenizer")
+        return result
+
+    monkeypatch.setattr(train_prior_script, "fit", trained_while_another_trains)
+    monkeypatch.setattr(
+        "sys.argv", ["train_prior.py", "--run", str(folder), *TINY_PRIOR, *SHORT, "--training.seed", "9"]
+    )
+    with pytest.raises(ValueError, match="was trained anew while this prior trained on the old one's codes"):
+        train_prior_script.main()
+    assert (folder / "model_index.json").read_text() == index
+    assert all(torch.equal(value, prior[name]) for name, value in load_file(folder / "prior/model.safetensors").items())
+
+
+def test_files_that_a_model_would_delete_are_found_before_training(run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    done = run(tmp_path, "extract_codes", "--run", "run", "--output", "run/tokenizer")
+    assert "run/tokenizer is a model's folder (it has config.json), which codes would spoil" in done.stderr
+    for name, script, options in (("tokenizer", "train_tokenizer", ["--output", "run", *TINY_TOKENIZER]),
+                                  ("prior", "train_prior", ["--run", "run", *TINY_PRIOR])):  # fmt: skip
+        (folder / name / "notes.txt").touch()
+        done = run(tmp_path, script, *options, *SHORT, "--training.total_steps", "6")
+        assert done.returncode == 1
+        assert f"run/{name} holds other files than a model's (notes.txt); move them away" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert not list(folder.glob("stage_*/state/step-00000006"))
+        (folder / name / "notes.txt").unlink()
+
+
+def test_memorisation_is_of_the_images_that_the_model_was_trained_on(run_folder):
+    images = load_images(DataConfig(name="digits", max_images=100), "train")
+    assert was_trained_on(run_folder, images)
+    assert not was_trained_on(run_folder, load_images(DataConfig(name="digits", max_images=99), "train"))
+    pipeline = Pipeline.from_pretrained(run_folder)
+    held_out = load_images(DataConfig(name="digits"), "test")
+    result = evaluate(pipeline, held_out, images, trained_on_them=False, num_samples=10,
+                      metrics=["likelihood", "memorisation"])  # fmt: skip
+    assert "are not those that the model was trained on" in result["not_measured"]["memorisation"]
+    assert not {"copying", "nearest_train_sample"} & result["metrics"].keys()
 
 
 def test_an_unusable_device_is_refused_with_those_that_can_be_used():

@@ -1,12 +1,14 @@
 """The loop: order of data, exact continuation, accumulation, averages, and what it refuses."""
 
 import copy
+import errno
 import json
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ from pipelines.checkpoint import build_prior, build_tokenizer, has_states
 from pipelines.ema import EMA
 from pipelines.files import folder_lock, read_json
 from pipelines.images import DataConfig, load_images
-from pipelines.launch import cpu_computes_bf16, end_with_the_launcher, make_accelerator
+from pipelines.launch import LAUNCHED_BY, cpu_computes_bf16, end_with_the_launcher, make_accelerator
 from pipelines.objectives import PriorLoss, TokenizerLoss
 from pipelines.runs import save_config
 from pipelines.training import NonFiniteLossError, Update, adamw, fit
@@ -637,7 +639,7 @@ def test_impossible_settings_are_refused(field, value):
         replace(CONFIG, **{field: value})
 
 
-def lives_on(launched: bool, *, parent_ends_first: bool) -> bool:
+def lives_on(launched: dict[str, str], *, parent_ends_first: bool) -> bool:
     """Whether a process that calls `end_with_the_launcher` is there after its parent's end."""
     read, write = os.pipe()
     parent = os.fork()
@@ -646,7 +648,7 @@ def lives_on(launched: bool, *, parent_ends_first: bool) -> bool:
         if os.fork() == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-            os.environ |= {"ACCELERATE_MIXED_PRECISION": "no"} if launched else {}
+            os.environ |= launched
             if not parent_ends_first:
                 end_with_the_launcher()
             while os.getppid() == parent:
@@ -669,9 +671,29 @@ def lives_on(launched: bool, *, parent_ends_first: bool) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
 def test_a_process_ends_with_its_launcher_but_not_with_a_shell():
-    assert not lives_on(launched=True, parent_ends_first=False)
-    assert not lives_on(launched=True, parent_ends_first=True)
-    assert lives_on(launched=False, parent_ends_first=False)
+    for launched in ({"ACCELERATE_MIXED_PRECISION": "no"}, {LAUNCHED_BY: "123456"}):
+        assert not lives_on(launched, parent_ends_first=False)
+        assert not lives_on(launched, parent_ends_first=True)
+    assert lives_on({}, parent_ends_first=False)
+
+
+def test_a_full_disk_is_named_where_a_tracker_meets_it(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("accelerate.Accelerator.log", full)
+    with pytest.raises(OSError, match=rf"No space left on device \(\d+ bytes free\): '{tmp_path}"):
+        train("vqvae-ema_vq", tmp_path)
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    left = [tmp_path / ".tmp-log.jsonl", tmp_path / "samples" / ".tmp-0000003.png"]
+    (tmp_path / "samples").mkdir()
+    left = [path.with_name(f"{path.name}@{socket.gethostname()}@{2**22 + 1}@0123abcd") for path in left]
+    for path in left:
+        path.touch()
+    train("vqvae-ema_vq", tmp_path)
+    assert not any(path.exists() for path in left)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):

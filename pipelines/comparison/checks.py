@@ -31,11 +31,9 @@ def check_before(members: Sequence[Member], runner: Runner, data: dict | None = 
     check_options(options)
     missing = {member.name: runner.missing(member) for member in members}
     runs = [member for member in members if member.entry is None]
-    results = {run.name: read_json(run.folder / RESULT) for run in runs if not missing[run.name]}
-    data_of = {
-        run.name: results[run.name]["data"] if run.name in results else data_to_come(run, options["split"])
-        for run in runs
-    }
+    results = {member.name: read_json(member.folder / RESULT) for member in members if not missing[member.name]}
+    data_of = {run.name: data_to_come(run, options["split"]) for run in runs if run.name not in results}
+    data_of |= {name: result["data"] for name, result in results.items()}
     check_same_data(data_of)
     comparable(results)
     if not any(missing.values()):
@@ -45,7 +43,8 @@ def check_before(members: Sequence[Member], runner: Runner, data: dict | None = 
     if entries := [member.entry for member in members if member.entry is not None]:
         train_images, images = (load_images(DataConfig(**data), split) for split in ("train", options["split"]))
         check_models(entries, train_images)
-        check_same_data(data_of | {entries[0].name: images.identity})  # which is that of all entries
+        to_come = [entry.name for entry in entries if missing[entry.name]]
+        check_same_data(data_of | dict.fromkeys(to_come[:1], images.identity))  # which is that of all entries
     check_to_come(results, options, images, train_images)
 
 
@@ -82,7 +81,7 @@ def check_to_come(results: dict[str, dict], evaluation: dict, images=None, train
     Only what is known of their protocols before any training is looked at, `comparable` sees the rest.
 
     Args:
-        results: of run folders, by name.
+        results: of those that are measured already, by name.
         evaluation: options of evaluate.py for those to come.
         images, train_images: what they will be evaluated on, and what a classifier is trained on; None if not known.
     """

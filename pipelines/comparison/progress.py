@@ -29,7 +29,7 @@ class Progress:
         self.stream = stream or sys.stderr
         self.plan: list[tuple[int, str, str]] = []  # number of the model, its title, stage; those not begun yet
         self.count, self.current = 0, None
-        self.done_steps = 0
+        self.first_step = self.done_steps = 0
         self.bar = None
 
     def start(self, missing: list[tuple[str, list[str]]]) -> None:
@@ -50,26 +50,40 @@ class Progress:
             bar_format="{desc} |{bar:20}| {postfix}",
         )
 
-    def begin(self, number: int, title: str, stage: str) -> None:
-        """A stage that nobody had foreseen may begin too: one of a model whose tokenizer has just changed."""
+    def begin(self, number: int, title: str, stage: str, step: int = 0) -> None:
+        """A stage that nobody had foreseen may begin too: one of a model whose tokenizer has just changed.
+
+        Args:
+            step: where it goes on, of an earlier run that was stopped.
+        """
         self.current = (number, title, stage)
         self.plan = [item for item in self.plan if item != self.current]
-        self.stage_began, self.done_steps = time.monotonic(), 0
+        self.stage_began, self.first_step, self.done_steps = time.monotonic(), step, step
         self.say(f"{self.headline()}, {self.times()}")
         self._show()
 
     def at(self, step: int) -> None:
         """The stage is at `step`, 0 where it does not count."""
+        if step < self.first_step:  # it went back to its last state, or began anew
+            self.first_step = step
         self.done_steps = step
         self._show()
 
     def end(self, well: bool) -> None:
         _, _, stage = self.current
-        if well:
-            self.seconds.setdefault(stage, []).append(time.monotonic() - self.stage_began)
+        if well and (seconds := self.stage_seconds()) is not None:
+            self.seconds.setdefault(stage, []).append(seconds)
         self.current = None
         if self.bar is not None:
             self.bar.update(1)
+
+    def stage_seconds(self) -> float | None:
+        """About what all of the present stage takes, from the part that ran now; None where nothing did."""
+        gone, done = time.monotonic() - self.stage_began, self.done_steps - self.first_step
+        stage = self.current[2]
+        if stage not in self.steps or self.first_step == 0:
+            return gone
+        return gone * self.steps[stage] / done if done else None
 
     def drop(self, number: int) -> None:
         """The rest of a model is not to be run."""
@@ -94,12 +108,13 @@ class Progress:
         rest = 0.0
         if self.current is not None:
             stage, gone = self.current[2], time.monotonic() - self.stage_began
-            fraction = min(1.0, self.done_steps / self.steps[stage]) if stage in self.steps else 0.0
-            if fraction > 0:
-                known = [*known, gone / fraction]
-                rest = gone / fraction - gone
+            steps, done = self.steps.get(stage, 0), self.done_steps - self.first_step
+            if steps and done > 0:
+                known = [*known, gone / done * steps]
+                rest = gone / done * max(0, steps - self.done_steps)
             elif known:
-                rest = max(0.0, self._mean(stage, known) - gone)
+                to_do = 1 - min(1.0, self.first_step / steps) if steps else 1.0
+                rest = max(0.0, self._mean(stage, known) * to_do - gone)
         if not known:
             return None
         return rest + sum(self._mean(stage, known) for _, _, stage in self.plan)

@@ -4,11 +4,11 @@ What is finished is remembered in records/NAME.json of the comparison's folder: 
 made with, the content of what it started from, and that of what it left. A stage whose three are unchanged is skipped.
 """
 
+import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from pipelines.comparison.entries import Entry
 from pipelines.comparison.progress import Progress
 from pipelines.config import differences, read_yaml
 from pipelines.files import read_json, sha256_file, write_json_atomic
+from pipelines.launch import LAUNCHED_BY
 from pipelines.pipeline_index import INDEX_NAME
 from pipelines.runs import save_config
 from pipelines.training_config import FREE_TO_CHANGE
@@ -93,7 +94,7 @@ class Runner:
                 progress.drop(number)
                 continue
             for stage in self.missing(member):
-                progress.begin(number, member.title, stage)
+                progress.begin(number, member.title, stage, step=_steps_done(_log_of(member, stage)))
                 failure = self._run_stage(member, stage, progress)
                 progress.end(failure is None)
                 if failure is not None:
@@ -141,7 +142,8 @@ class Runner:
     def seconds(self, members: Sequence[Member]) -> dict[str, list[float]]:
         """{stage: seconds that it took for each member of which that is known}."""
         records = [self.record(member) for member in members]
-        return {stage: [record[stage]["seconds"] for record in records if stage in record] for stage in STAGES}
+        known = {stage: [record[stage]["seconds"] for record in records if stage in record] for stage in STAGES}
+        return {stage: [seconds for seconds in values if seconds is not None] for stage, values in known.items()}
 
     # What is finished
     # --------------------------------------------------------------------------------------------
@@ -200,19 +202,18 @@ class Runner:
         log = self.output / "logs" / f"{member.name}-{stage}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = self._command(member, stage)
-        started = time.monotonic()
         with log.open("ab") as file:
             begin = file.tell()
             file.write(f"$ {' '.join(command)}\n".encode())
             file.flush()
-            status = self._wait(command, file, lambda: progress.at(_steps_done(member.folder / stage / "log.jsonl")))
+            status = self._wait(command, file, lambda: progress.at(_steps_done(_log_of(member, stage))))
         if status != 0:
             said = log.read_bytes()[begin:].decode(errors="replace")
             return Failure(member.title, stage, _why(status, said), log)
         if not self._made(member, stage).is_file():
             return Failure(member.title, stage, f"it ended well, but left no {self._made(member, stage)}", log)
         entry = {"of": self._of(member, stage), "made": sha256_file(self._made(member, stage)),
-                 "seconds": time.monotonic() - started}  # fmt: skip
+                 "seconds": progress.stage_seconds()}  # fmt: skip
         self._record_path(member).parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(self._record_path(member), self.record(member) | {stage: entry})
         return None
@@ -238,7 +239,8 @@ class Runner:
     @staticmethod
     def _wait(command: list[str], file, look) -> int:
         """Exit status. A signal to stop is passed on, and this process ends when the other has saved its state."""
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        told = {**os.environ, LAUNCHED_BY: str(os.getpid())}
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=told)
 
         def stop(number, frame):
             raise SystemExit(128 + number)
@@ -288,6 +290,10 @@ def _as_argument(value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _log_of(member: Member, stage: str) -> Path:
+    return member.folder / stage / "log.jsonl"
 
 
 def _steps_done(log: Path) -> int:

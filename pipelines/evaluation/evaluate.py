@@ -53,6 +53,7 @@ def evaluate(
     images,
     train_images=None,
     *,
+    trained_on_them: bool = True,
     metrics: Sequence[str] | None = None,
     num_draws: int = 1,
     num_samples: int = 1000,
@@ -88,6 +89,8 @@ def evaluate(
         images: held-out images, as of `load_images`.
         train_images: the images that the model was trained on, with the same preprocessing; without them neither
             samples nor memorisation are measured, nor is a classifier trained.
+        trained_on_them: false where these are the training images of another data set, which `images` are held out of:
+            samples are compared with them and a classifier is trained on them, but memorisation is not measured.
         metrics: the groups to measure; None is all that can be had.
         num_draws: draws of codes per image for the bound, where the encoder is stochastic.
         num_samples: samples drawn for the last three groups.
@@ -118,8 +121,9 @@ def evaluate(
     if metrics is None and not pipeline.tokenizer.has_local_latents:
         chosen.remove("local")  # a reason why it is missing would only be noise
     measure = Evaluation(
-        pipeline, images, train_images, chosen, num_draws, num_samples, batch_size, seed, folder, cache
-    )
+        pipeline, images, train_images, chosen, num_draws, num_samples, batch_size, seed, folder, cache,
+        trained_on_them=trained_on_them,
+    )  # fmt: skip
     if lpips_weights:
         with measure.attempt("lpips"):
             measure.lpips_parts = lpips_network(lpips_weights, device=pipeline.device)
@@ -186,6 +190,7 @@ class Evaluation:
     seed: int
     folder: Path | None
     cache: Path | None
+    trained_on_them: bool = True
     inception: FeatureNetwork | None = None
     lpips_parts: tuple[nn.Module, dict] | None = None
 
@@ -294,6 +299,8 @@ class Evaluation:
         )
 
     def memorisation(self) -> None:
+        if not self.trained_on_them:
+            raise NotMeasurableError("the training images of this data set are not those that the model was trained on")
         samples, held_out = self._samples, self._decoded_held_out()
         neighbours = nearest_images(torch.cat([samples, held_out]), self.train_images, device=self.pipeline.device)
         of_samples, of_held_out = neighbours.distances[:, 0].split([len(samples), len(held_out)])

@@ -131,6 +131,10 @@ def dropped(pipeline, split: str, result: dict, run: Path) -> list[str]:
             f"dropped what earlier evaluations measured of {', '.join(gone)}: it was of other images or weights, "
             "cannot be measured this time, or was not to be kept"
         )
+    elif not lines and saved and saved["data"] != result["data"]:
+        old, new = (data["data"]["name"] for data in (saved, result))
+        of = f"{old}, not of {new}" if old != new else "other images"
+        lines.append(f"{run / RESULT_NAME} and the model card were of {of}; their numbers are replaced")
     return lines
 
 
