@@ -441,6 +441,17 @@ def test_compiled_parts_are_saved_as_themselves(tmp_path):
     assert "# VQVAE + GPT" in (tmp_path / "README.md").read_text()
 
 
+def test_where_the_index_is_the_new_one_so_is_the_card(tmp_path, monkeypatch):
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path)
+    pipeline.metrics["validation tokenizer psnr"] = 12.3456
+    monkeypatch.setattr("pipelines.two_stage.write_json_atomic", lambda *_: pytest.fail("killed before the index"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        pipeline.save_index(tmp_path)
+    assert "12.3" in (tmp_path / "README.md").read_text()
+    assert Pipeline.from_pretrained(tmp_path).metrics == {}
+
+
 def test_compiled_parts_do_what_they_do_themselves():
     pipeline = make("vqvae", "gpt", num_classes=3)
     compiled = Pipeline(*(torch.compile(part, backend="eager") for part in (pipeline.tokenizer, pipeline.prior)))
