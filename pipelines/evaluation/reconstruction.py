@@ -13,6 +13,7 @@ from pipelines.metrics import CodeCounts, NotMeasurableError, psnr
 from prior.base import Codes
 
 SSIM_WINDOW = 11
+SSIM_PIXELS = 2**18  # compared at a time: windows take 11 times their memory
 # Entries of a level's table of positions and codes: half a gigabyte
 MOST_ENTRIES = 2**26
 
@@ -99,30 +100,37 @@ def squared_error(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarity of each image (Wang et al. 2004), (B,), for images in [0, 1].
+    """Structural similarity of each image (Wang et al. 2004, eq. 13), (B,), for images in [0, 1].
 
     The mean over channels and over all Gaussian windows of deviation 1.5 that lie within the image, as in the authors'
-    code and scikit-image's `structural_similarity(..., gaussian_weights=True, use_sample_covariance=False)`.
+    code and scikit-image's `structural_similarity(..., gaussian_weights=True, use_sample_covariance=False)`;
+    torchmetrics also counts windows that reach beyond the image. In float64: variances are small differences.
 
     Raises:
-        NotMeasurableError: images smaller than the window, or torchmetrics is not installed.
+        NotMeasurableError: images smaller than the window.
     """
     side = min(images.shape[2:])
     if side < SSIM_WINDOW:
         raise NotMeasurableError(
             f"SSIM compares windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels, these images have a side of {side}"
         )
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError as error:
-        raise NotMeasurableError(f"SSIM needs torchmetrics: pip install 'tessera-codes[metrics]' ({error})") from error
-    # Variances are differences of means of squares, which float32 rounds; not every device has float64
-    device = "cpu" if images.device.type == "mps" else images.device
-    _, similarity = structural_similarity_index_measure(
-        images.to(device, torch.float64), targets.to(device, torch.float64), data_range=1.0, return_full_image=True
-    )
-    edge = SSIM_WINDOW // 2  # where windows reach beyond the image, which is continued by its reflection there
-    return similarity[..., edge:-edge, edge:-edge].flatten(1).mean(dim=1).float()
+    device = "cpu" if images.device.type == "mps" else images.device  # which has no float64
+    few = max(1, SSIM_PIXELS // images[0].numel())
+    parts = zip(images.to(device, torch.float64).split(few), targets.to(device, torch.float64).split(few))
+    return torch.cat([_similarity(x, y).flatten(1).mean(dim=1) for x, y in parts]).float()
+
+
+def _similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Of each window within images (B, C, H, W): (B, C, H - 10, W - 10)."""
+    offsets = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
+    weights = torch.softmax(-offsets.square() / (2 * 1.5**2), dim=0)
+    moments = torch.stack([x, y, x * x, y * y, x * y])
+    for dim in (-2, -1):
+        moments = moments.unfold(dim, SSIM_WINDOW, 1) @ weights
+    mean_x, mean_y, square_x, square_y, product = moments
+    luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+    variances = square_x - mean_x**2 + square_y - mean_y**2
+    return luminance * (2 * (product - mean_x * mean_y) + 0.03**2) / (variances + 0.03**2)
 
 
 def lpips(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
