@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.image_sources import readable_formats
-from pipelines.preprocessing import covering_size, crop, in_eight_bits, load, naming_image, upright
+from pipelines.preprocessing import covering_size, crop, in_eight_bits, load, naming_image, to_mode, upright
 from tokenizer.base import Tokenizer
 
 HALVES = ("top", "bottom", "left", "right")
@@ -74,18 +74,56 @@ def _from_picture(picture: Image.Image, preprocessing: dict) -> Tensor:
     """(1, H, W): the picture resized and cropped as an image would be."""
     with naming_image("the mask"):
         grey = np.asarray(in_eight_bits(picture).convert("L"))
-        # 32-bit: 8 bits would round a single pixel of many away
-        shares = Image.fromarray((grey >= WHITE).astype(np.float32))
-        size = covering_size(shares.size, preprocessing)
-    if size != shares.size:
-        shares = shares.resize(size, Image.Resampling.BOX)
-    filled = crop(np.asarray(shares)[None] > 0, preprocessing["image_size"], lambda slack: slack // 2)
+        width, height = covering_size(grey.shape[::-1], preprocessing)
+    touched = _touched(_touched(grey >= WHITE, height).T, width).T
+    filled = crop(touched[None], preprocessing["image_size"], lambda slack: slack // 2)
     if not filled.any():
         raise ValueError(
             f"the mask marks no pixel that is left after cropping: white (255 of 8 bits, 65535 of 16) marks what is to "
             f"be filled, and its brightest pixel is {grey.max()} of 255"
         )
     return torch.from_numpy(filled.copy())
+
+
+def _touched(marked: np.ndarray, size: int) -> np.ndarray:
+    """(size, W) from (H, W), boolean: rows of a resized picture that a marked one overlaps by however little."""
+    # Not Pillow's box filter, which leaves out what overlaps by less than half a pixel
+    before = np.concatenate([np.zeros_like(marked[:1], dtype=int), np.cumsum(marked, axis=0)])
+    edges = np.arange(size + 1) * len(marked)
+    return before[-(-edges[1:] // size)] > before[edges[:-1] // size]
+
+
+def hide(images, mask, tokenizer: Tokenizer):
+    """Images of which nothing under the mask is left: what resizing makes of pixels beside it depends on it else.
+
+    Pictures with mask pictures, where they are resized, hold the nearest visible pixel there, grey if there is none.
+    All others are given back as they are: their masks are of prepared images.
+    """
+    pictures, masks = ([x] if isinstance(x, Image.Image) else x for x in (images, mask))
+    if any(isinstance(x, (Tensor, np.ndarray)) for x in (pictures, masks)):
+        return images
+    preprocessing = tokenizer.config.preprocessing
+    size = {"image_size": tokenizer.config.image_shape[1:], "channels": tokenizer.config.image_shape[0]} | preprocessing
+    masks = [*masks] * len(pictures) if len(masks) == 1 else masks
+    return [_hidden(picture, part, size) for picture, part in zip(pictures, masks, strict=True)]
+
+
+def _hidden(picture: Image.Image, mask: Image.Image, preprocessing: dict) -> Image.Image:
+    from scipy import ndimage  # half a second to import
+
+    with naming_image("the image"):
+        picture = to_mode(picture, preprocessing["channels"])
+        if covering_size(picture.size, preprocessing) == picture.size:
+            return picture
+    with naming_image("the mask"):
+        marked = np.asarray(in_eight_bits(mask).convert("L")) >= WHITE
+    pixels = np.array(picture)
+    if marked.all():
+        pixels[:] = 128
+    elif marked.any():
+        nearest = ndimage.distance_transform_edt(marked, return_distances=False, return_indices=True)
+        pixels = pixels[tuple(nearest)]
+    return Image.fromarray(pixels)
 
 
 def code_masks(mask: Tensor, tokenizer: Tokenizer) -> tuple[tuple[Tensor, ...], Tensor]:

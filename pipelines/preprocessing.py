@@ -59,7 +59,7 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_mode(image: Image.Image, channels: int) -> Image.Image:
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
     """The image upright, opaque (on white), in 8 bits, grey or RGB."""
     image = in_eight_bits(image)
     if image.has_transparency_data:
@@ -90,7 +90,7 @@ def covering_size(size: tuple[int, int], preprocessing: dict) -> tuple[int, int]
 
 def resize(image: Image.Image, preprocessing: dict) -> np.ndarray:
     """Resizes so that image_size is just covered; uint8 (C, h, w) with h >= H, w >= W, one of them equal."""
-    image = _to_mode(image, preprocessing["channels"])
+    image = to_mode(image, preprocessing["channels"])
     size = covering_size(image.size, preprocessing)
     if size != image.size:
         image = image.resize(size, Image.Resampling[preprocessing["resize_filter"].upper()])

@@ -116,7 +116,7 @@ def adopt_data_section(run: Path, folder: Path) -> None:
 
 def was_trained_on(run: Path, images: ImageDataset) -> bool:
     """Whether a run's tokenizer was trained on these training images, as far as the run tells."""
-    recorded, path = _contents_trained_on(run), run / "stage_one" / "config.yaml"
+    recorded, path = contents_trained_on(run), run / "stage_one" / "config.yaml"
     if recorded is not None:
         return images.contents == recorded
     return not path.is_file() or read_yaml(path)["data"].get("name") == images.config.name
@@ -165,7 +165,7 @@ def check_held_out(run: Path, images: ImageDataset) -> None:
                 f"data.{name} is {asked}, but {run} was trained with {trained_with}: the validation split that is "
                 f"carved out would hold training images; leave --data.{name} out, or take --split test"
             )
-    recorded = _contents_trained_on(run) if in_folder and not elsewhere else None
+    recorded = contents_trained_on(run) if in_folder and not elsewhere else None
     if recorded is not None and load_images(replace(own, cache_bytes=0), "train").contents != recorded:
         raise ValueError(
             f"the images in {own.root}, or their captions, are not those that {run} was trained on: the {images.split} "
@@ -205,10 +205,10 @@ def _is_moved(run: Path, own: DataConfig, images: ImageDataset) -> bool:
         there = load_images(replace(own, cache_bytes=0, **as_found), "train")
     except ValueError:
         return False
-    return there.contents == _contents_trained_on(run)
+    return there.contents == contents_trained_on(run)
 
 
-def _contents_trained_on(run: Path) -> str | None:
+def contents_trained_on(run: Path) -> str | None:
     """`ImageDataset.contents` of a run's training images, as its training states or its codes tell; None if neither."""
     for stage in ("stage_one", "stage_two"):
         for path in sorted(run.glob(f"{stage}/state/step-*/state.json"), reverse=True):

@@ -29,7 +29,7 @@ from pipelines.checkpoint import (
 from pipelines.completion import Completions, Ranking, candidate_generators, check_candidates, check_weighable, complete
 from pipelines.drawing import Generators, decode_codes, draw_codes, draw_labels, one_generator_each
 from pipelines.files import atomic_file, write_json_atomic
-from pipelines.masks import as_mask, check_geometry, check_mask_sizes
+from pipelines.masks import as_mask, check_geometry, check_mask_sizes, hide
 from pipelines.outpainting import check_canvas, outpaint
 from pipelines.outputs import as_output_type, check_output_type
 from pipelines.pipeline_index import (
@@ -351,7 +351,9 @@ class Pipeline:
         check_geometry(self.tokenizer)
         check_mask_sizes(mask, images)
         pixels = self.prepare(images)
-        mask = as_mask(mask, len(pixels), self.tokenizer).to(pixels.device)
+        filled = as_mask(mask, len(pixels), self.tokenizer).to(pixels.device)
+        hidden = hide(images, mask, self.tokenizer)
+        pixels, mask = pixels if hidden is images else self.prepare(hidden), filled
         generators = candidate_generators(one_generator_each(len(pixels), generator), num_candidates)
         labels = self._conditions(
             _for_each_candidate(class_labels, len(pixels), num_candidates, "class labels"),

@@ -213,6 +213,31 @@ def test_a_model_that_cannot_stand_beside_those_that_are_measured_is_refused_bef
             check_before(members, runner, entries[0].stage_one["data"])
 
 
+@pytest.mark.parametrize("missing", [[], ["evaluation"]])
+def test_a_model_trained_on_other_images_than_there_are_now_is_refused(tmp_path, missing, capsys):
+    data = {"name": "digits", "binarize": "fixed"}
+    entries = resolved(write_entries(tmp_path, [{"name": "a", "tokenizer": VQ}], data=data))
+    evaluation = {"split": "test", "metrics": None, "num_draws": 1, "num_samples": 10, "inception_weights": None,
+                  "lpips_weights": None, "seed": 0, "batch_size": 8}  # fmt: skip
+    runner = Runner(tmp_path / "out", tmp_path, evaluation)
+    runner.missing = lambda member: missing
+    members = members_of(entries, [], runner.output)
+    test, train = (load_images(DataConfig(**entries[0].stage_one["data"]), split) for split in ("test", "train"))
+    state = members[0].folder / "stage_one" / "state" / "step-00000004"
+    state.mkdir(parents=True)
+    for content, message in ((test.identity["content"], None), ("0" * 64, "what the entries name now cannot stand")):
+        result = {"data": {**test.identity, "content": content}, "protocol": {}, "seed": 0, "groups": {}, "metrics": {}}
+        write_json_atomic(members[0].folder / "evaluation.json", result)
+        for contents, refused in ((train.contents, None), ("0" * 64, "a was trained on other images than those")):
+            write_json_atomic(state / "state.json", {"surroundings": {"training data": contents}})
+            expected = refused if missing else message or refused
+            with nullcontext() if expected is None else pytest.raises(ValueError, match=expected):
+                check_before(members, runner, entries[0].stage_one["data"])
+    if not missing:  # then the table stands as it was measured
+        check_before(members, runner, entries[0].stage_one["data"] | {"name": "folder", "root": str(tmp_path / "gone")})
+        assert "is not known: " in capsys.readouterr().err
+
+
 def test_the_run_folders_of_the_example_are_of_the_same_data():
     (example,) = re.findall(
         r"--runs '\[(.*?)\]'", (ROOT / "scripts" / "compare.py").read_text().partition('"""\n\n')[0]

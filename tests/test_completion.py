@@ -153,6 +153,45 @@ def test_a_mask_of_sixteen_bits_is_white_from_half_of_them_on():
     assert as_mask(Image.fromarray(values), 1, make_tokenizer()).nonzero()[:, 2:].tolist() == [[2, 3], [2, 4]]
 
 
+@given(st.tuples(*[st.integers(1, 40)] * 2), st.data())
+def test_a_mask_image_counts_each_pixel_that_it_touches(size, data):
+    height, width = size
+    values = np.zeros(size, dtype=np.uint8)
+    scale = max(8 / height, 8 / width)
+    rows, columns = max(8, round(height * scale)), max(8, round(width * scale))
+    row, column = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    values[row, column] = 255
+    touched = np.zeros((rows, columns), dtype=bool)
+    for y, x in np.ndindex(rows, columns):  # overlaps of intervals, in whole numbers
+        inside = (y * height < (row + 1) * rows, row * rows < (y + 1) * height)
+        touched[y, x] = all(inside) and x * width < (column + 1) * columns and column * columns < (x + 1) * width
+    top, left = (rows - 8) // 2, (columns - 8) // 2
+    touched = touched[top : top + 8, left : left + 8]
+    if touched.any():
+        assert np.array_equal(as_mask(Image.fromarray(values), 1, make_tokenizer())[0, 0].numpy(), touched)
+    else:
+        with pytest.raises(ValueError, match="marks no pixel"):
+            as_mask(Image.fromarray(values), 1, make_tokenizer())
+
+
+@pytest.mark.parametrize("fill", ["part", "all"])
+def test_what_a_mask_image_hides_is_not_looked_at_where_pictures_are_resized(fill):
+    pipeline = make("vqvae", "gpt", image_shape=(3, 8, 8))
+    pipeline.tokenizer.initialize(torch.rand(64, 3, 8, 8))
+    mask = np.zeros((30, 30), dtype=np.uint8)
+    mask[15 if fill == "part" else 0 :] = 255
+    pictures = [np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8) for _ in range(3)]
+    pictures[1][mask > 0] = 255 - pictures[1][mask > 0]
+    pictures[2][mask == 0] = 255 - pictures[2][mask == 0]
+    first, second, third = (
+        pipeline.complete(Image.fromarray(picture), Image.fromarray(mask), generator=seed(), output_type="pt")
+        for picture in pictures
+    )
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.codes[0], second.codes[0])
+    assert torch.equal(first.codes[0], third.codes[0]) == (fill == "all")  # what is not hidden matters
+
+
 @pytest.mark.parametrize(
     ("picture", "message"),
     [

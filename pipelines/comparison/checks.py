@@ -13,7 +13,8 @@ from pipelines.evaluation.pretrained import inception_features, lpips_network
 from pipelines.evaluation.protocol import comparable, pixels_of, protocol_differences
 from pipelines.files import read_json
 from pipelines.images import DataConfig, load_images
-from pipelines.scripting import check_seed
+from pipelines.runs import contents_trained_on
+from pipelines.scripting import check_seed, say
 
 # Groups that are measured in the features of a classifier, where there are no weights of Inception
 BY_CLASSIFIER = ("reconstruction", "samples", "local")
@@ -32,20 +33,45 @@ def check_before(members: Sequence[Member], runner: Runner, data: dict | None = 
     missing = {member.name: runner.missing(member) for member in members}
     runs = [member for member in members if member.entry is None]
     results = {member.name: read_json(member.folder / RESULT) for member in members if not missing[member.name]}
-    data_of = {run.name: data_to_come(run, options["split"]) for run in runs if run.name not in results}
-    data_of |= {name: result["data"] for name, result in results.items()}
+    data_of = {
+        member.name: results[member.name]["data"] if member.name in results else data_to_come(member, options["split"])
+        for member in members
+        if member.name in results or member in runs
+    }
     check_same_data(data_of)
     comparable(results)
-    if not any(missing.values()):
-        return
-    check_weights(options)
+    to_do = any(missing.values())
+    if to_do:
+        check_weights(options)
     images = train_images = None
-    if entries := [member.entry for member in members if member.entry is not None]:
-        train_images, images = (load_images(DataConfig(**data), split) for split in ("train", options["split"]))
-        check_models(entries, train_images)
-        to_come = [entry.name for entry in entries if missing[entry.name]]
-        check_same_data(data_of | dict.fromkeys(to_come[:1], images.identity))  # which is that of all entries
-    check_to_come(results, options, images, train_images)
+    if entries := [member for member in members if member.entry is not None]:
+        try:
+            train_images, images = (load_images(DataConfig(**data), split) for split in ("train", options["split"]))
+        except (ValueError, OSError) as error:
+            if to_do:
+                raise
+            say(f"whether the images are still those that the models were trained on is not known: {error}")
+            return
+        check_models([member.entry for member in entries], train_images)
+        to_come = [member.name for member in entries if missing[member.name]]
+        name = to_come[0] if to_come else "what the entries name now"
+        check_same_data(data_of | {name: images.identity})  # which is that of all entries
+        for member in entries:
+            check_trained_on(member, missing[member.name], train_images)
+    if to_do:
+        check_to_come(results, options, images, train_images)
+
+
+def check_trained_on(member: Member, missing: Sequence[str], train_images) -> None:
+    """Raises ValueError where a model's stage one is done, with other training images than these."""
+    if "stage_one" in missing or member.entry.tokenizer_of is not None:
+        return
+    recorded = contents_trained_on(member.folder)
+    if recorded not in (None, train_images.contents):
+        raise ValueError(
+            f"{member.name} was trained on other images than those that are there now, so that others would not stand "
+            f"beside it; restore them, or remove {member.folder} to train it anew"
+        )
 
 
 def check_options(evaluation: dict) -> None:

@@ -43,32 +43,35 @@ class Grids:
     def path(self, member: Member, kind: str) -> Path:
         return self.folder / f"{member.name}-{kind}.png"
 
-    def draw(self, member: Member) -> dict[str, int]:
-        """Draws what is missing or of other weights; gives tokenizer_parameters and prior_parameters.
+    def draw(self, member: Member, data: dict | None = None) -> dict[str, int]:
+        """Draws what is missing or of other weights or images; gives tokenizer_parameters and prior_parameters.
 
         Those of a prior that was learned with the tokenizer count as the prior's, not as the tokenizer's.
 
+        Args:
+            data: the identity of the images that the member was evaluated on, which are those to show.
         Raises:
-            ValueError: the run cannot be loaded, or its data.
+            ValueError: the run cannot be loaded, or its data, or they are others than those it was evaluated on.
         """
         note = self.folder / f"{member.name}.json"
         weights = {name: member.folder / name for name in (TOKENIZER, PRIOR)}
         of = {name: sha256_file(path) for name, path in weights.items() if path.is_file()}
-        of |= {"split": self.split, "seed": self.seed}
+        of |= {"split": self.split, "seed": self.seed, "content": data and data["content"]}
         if note.is_file() and all(self.path(member, kind).is_file() for kind in KINDS):
             known = read_json(note)
             if known["of"] == of:
                 return known["parameters"]
         pipeline = Pipeline.from_pretrained(member.folder, device=self.device)
         pipeline.set_progress_bar_config(disable=None, leave=False)
-        self._reconstruct(pipeline, member)
+        self._reconstruct(pipeline, member, data)
         self._sample(pipeline, member)
         parameters = count_parameters(pipeline)
         write_json_atomic(note, {"of": of, "parameters": parameters})
         return parameters
 
-    def _reconstruct(self, pipeline: Pipeline, member: Member) -> None:
-        images = self._load(pipeline, member)
+    def _reconstruct(self, pipeline: Pipeline, member: Member, data: dict | None) -> None:
+        self.path(member, "reconstructions").unlink(missing_ok=True)  # what others it showed
+        images = self._load(pipeline, member, data)
         count = min(NUM_RECONSTRUCTED, len(images))
         columns = min(COLUMNS, count)
         keys = torch.linspace(0, len(images) - 1, count // columns * columns).long().tolist()
@@ -85,10 +88,20 @@ class Grids:
         samples = pipeline.sample(NUM_SAMPLES, generator=generator, output_type="pt", batch_size=self.batch_size)
         save_grid(samples, self.path(member, "samples"), columns=COLUMNS)
 
-    def _load(self, pipeline: Pipeline, member: Member) -> ImageDataset:
+    def _load(self, pipeline: Pipeline, member: Member, data: dict | None) -> ImageDataset:
         section = saved_data_section(member.folder)["data"]
         if member.entry is not None:
             section = section | self.data_source
+        images = self._load_section(pipeline, member, section)
+        if data is not None and images.identity["content"] != data["content"]:  # fewer of them, or more
+            images = self._load_section(pipeline, member, section | {"max_images": data["count"]})
+        if data is not None and images.identity["content"] != data["content"]:
+            raise ValueError(
+                f"{member.title} was evaluated on other images ({data['name']} {data['split']}) than those of its run"
+            )
+        return images
+
+    def _load_section(self, pipeline: Pipeline, member: Member, section: dict) -> ImageDataset:
         key = repr(sorted(section.items()))
         if key not in self._images:
             config = DataConfig(**section)
@@ -112,7 +125,7 @@ def draw_all(grids: Grids, findings: Findings) -> dict[str, dict[str, Path]]:
     rows = list(zip(findings.members, findings.rows))
     for member, row in tqdm(rows, desc="drawing pictures", unit="model", disable=None):
         try:
-            row |= grids.draw(member)
+            row |= grids.draw(member, findings.results.get(member.name, {}).get("data"))
         except (ValueError, OSError) as error:
             findings.note_missing("pictures", str(error), member)
         pictures[member.name] = {kind: grids.path(member, kind) for kind in KINDS if grids.path(member, kind).is_file()}
