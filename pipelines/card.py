@@ -19,7 +19,7 @@ def model_card(pipeline) -> str:
     classes = f"class-conditional ({prior.num_classes} classes)" if prior.num_classes else "unconditional"
     if prior.conditional_on_text:
         classes = f"conditional on captions of up to {prior.config.max_text_length} tokens"
-    names = [name.replace("|", "\\|") for name in pipeline.class_names if prior.num_classes]
+    names = [_cell(name) for name in pipeline.class_names if prior.num_classes]
     listed = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     class_row = f"\n| classes | {listed} |" if names else ""
     stage_two = f"`{type(prior).__name__}`, {classes}" if pipeline.has_stage_two else "none: the tokenizer's own prior"
@@ -49,6 +49,13 @@ images = Pipeline.from_pretrained("path/to/this/folder").sample({sample})
 {_evaluations(pipeline.evaluations)}"""
 
 
+def _cell(text: str) -> str:
+    """Text in one cell of a table, whatever a user called a class or a folder."""
+    for character in "\\|`<>":
+        text = text.replace(character, f"\\{character}")
+    return " ".join(text.split())
+
+
 def _count(model) -> str:
     return f"{sum(p.numel() for p in model.parameters()):,}"
 
@@ -56,7 +63,7 @@ def _count(model) -> str:
 def _metrics_table(metrics: dict) -> str:
     if not metrics:
         return "Nothing yet; `scripts/evaluate.py` fills this table."
-    rows = [f"| {name} | {text} |" for name, text in format_rows(metrics).items()]
+    rows = [f"| {_cell(name)} | {text} |" for name, text in format_rows(metrics).items()]
     units = (
         "The tokenizer's nll is in nats per pixel and channel, the prior's in nats per code, as are those of a uniform "
         "and of a unigram distribution; bits_per_image are those of the codes; psnr in dB; nats and "
@@ -104,4 +111,4 @@ def _protocol(fields: dict) -> str:
 
 
 def _data(identity: dict) -> str:
-    return f"{identity['name']} {identity['split']} ({identity['count']:,} images, {identity['content'][:12]})"
+    return f"{_cell(identity['name'])} {identity['split']} ({identity['count']:,} images, {identity['content'][:12]})"

@@ -62,11 +62,12 @@ def _integer_colours(grid: Tensor, vocab_size: int) -> np.ndarray:
     if vocab_size == 2:
         palette = np.array([(40, 40, 48), (236, 232, 214)], dtype=np.uint8)
     else:
+        codes, places = np.unique(grid.numpy(), return_inverse=True)
         palette = np.array([
             colorsys.hsv_to_rgb(i / GOLDEN_RATIO % 1, (0.45, 0.65, 0.85)[i % 3], (0.95, 0.8, 0.65)[i // 3 % 3])
-            for i in range(vocab_size)
+            for i in codes.tolist()
         ])  # fmt: skip
-        palette = (palette * 255).round().astype(np.uint8)
+        return (palette * 255).round().astype(np.uint8)[places.reshape(grid.shape)]
     return palette[grid.numpy()]
 
 

@@ -151,7 +151,7 @@ class TextTokenizer:
                 if token in self._unseen:
                     word = _word_at(prompt, start)
                     raise ValueError(
-                        f"no training caption knows the word {word!r} of the prompt {_shorten(prompt)!r}"
+                        f"no training caption knows the word {_shorten(word)!r} of the prompt {_shorten(prompt)!r}"
                         f"{self._nearest(word)}"
                     )
             if len(encoding) > self.max_length:

@@ -424,6 +424,14 @@ def test_ticks_are_round_even_and_hold_all_values(values, from_zero):
     assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5, 10)) < 1e-3
 
 
+def test_ticks_of_values_that_hardly_differ_or_are_tiny():
+    assert charts.ticks([100.0, 100.0 + 1e-11]) == charts.ticks([100.0])
+    found = charts.ticks([1e-12, 2e-12])
+    assert found[0] <= 1e-12
+    assert found[-1] >= 2e-12
+    assert 2 <= len(set(found)) == len(found)
+
+
 def test_curves_pass_through_their_points():
     series = [
         charts.Series(0, "one", [(0, 0.0), (5, 50.0), (10, 100.0)]),

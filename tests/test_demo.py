@@ -381,6 +381,9 @@ def test_a_description_says_what_a_pipeline_is_made_of():
 def test_classes_are_named_where_they_have_names():
     pipeline = make("vqvae", "gpt", 3)
     assert actions.classes(pipeline) == [ANY_CLASS, NO_CLASS, *NAMES]
+    pipeline.class_names = NAMES[:1]
+    assert actions.classes(pipeline) == [ANY_CLASS, NO_CLASS, NAMES[0], "1", "2"]
+    assert Choices("2").options(pipeline)["class_labels"] == 2
     pipeline.class_names = []
     assert actions.classes(pipeline) == [ANY_CLASS, NO_CLASS, "0", "1", "2"]
     assert actions.classes(PIPELINES["gaussian-classes"]())[:2] == [ANY_CLASS, "0"]  # there is no doing without one

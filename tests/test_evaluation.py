@@ -39,7 +39,7 @@ from pipelines.evaluation.ood import NoiseImages, auroc, load_other
 from pipelines.evaluation.pretrained import inception_features, lpips_network, read_weights
 from pipelines.evaluation.protocol import pixels_of
 from pipelines.evaluation.reconstruction import count_positions, lpips, reconstruct, ssim
-from pipelines.evaluation.report import dropped, earlier_result, format_summary, record, with_earlier
+from pipelines.evaluation.report import dropped, earlier_result, format_summary, format_value, record, with_earlier
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig, Split, load_images
 from pipelines.metrics import NotMeasurableError
@@ -497,6 +497,42 @@ def test_inception_takes_weights_from_safetensors(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("evaluation")
+
+
+def test_a_decoder_that_gives_nothing_spoils_no_other_numbers(folder):
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        for parameter in pipeline.tokenizer.decoder.parameters():
+            parameter.fill_(math.nan)
+    result = evaluate(pipeline, digits("test"), digits("train"), num_samples=20, ood=["noise"], cache=folder / "cache")
+    assert {"ood_noise", "copying"} <= set(result["not_measured"])
+    assert "codebook" in result["groups"]
+    assert not {"copying", "fid_classifier", "rfid_classifier", "ood_auroc_noise"} & result["metrics"].keys()
+
+
+def test_a_value_is_rounded_no_more_coarsely_than_it_is_known():
+    values = {
+        "a": 123456.7,
+        "a_se": 0.314,
+        "b": 85.7412,
+        "b_se": 0.22,
+        "c": 1.5,
+        "c_std": 0.0,
+        "d": math.nan,
+        "d_se": 1.0,
+    }
+    shown = ["123456.70 ± 0.31", "85.741 ± 0.22", "1.5 ± 0", "nan ± 1"]
+    assert [format_value(values, name) for name in "abcd"] == shown
+
+
+def test_names_of_all_kinds_stay_in_their_cells_of_the_card():
+    pipeline = make("gpt")
+    pipeline.class_names = ["<b>x", "two\nlines", "`a|b"]
+    pipeline.metrics = {"test ood_auroc_a|b": 0.5}
+    card = model_card(pipeline)
+    assert "| classes | \\<b\\>x, two lines, \\`a\\|b |" in card
+    assert "| test ood_auroc_a\\|b | 0.5 |" in card
 
 
 @pytest.fixture(scope="module")

@@ -135,13 +135,14 @@ def ticks(values: Sequence[float], from_zero: bool = False, about: int = 5) -> l
     low, high = min(values), max(values)
     if from_zero and 0 <= low < NEAR_ZERO * high:
         low = 0.0
-    if low == high:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
         low, high = low - abs(low or 1) / 10, high + abs(high or 1) / 10
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * i, 10) for i in range(first, last + 1)]
+    decimals = 2 - math.floor(math.log10(step))
+    return [round(step * i, max(10, decimals)) for i in range(first, last + 1)]
 
 
 def number(value: float) -> str:

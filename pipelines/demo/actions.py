@@ -101,7 +101,7 @@ def classes(pipeline: Pipeline) -> list[str]:
     """What may be chosen as a class: names, or numbers where there are none; empty without classes."""
     if not pipeline.prior.num_classes:
         return []
-    names = pipeline.class_names or [str(i) for i in range(pipeline.prior.num_classes)]
+    names = [*pipeline.class_names, *map(str, range(len(pipeline.class_names), pipeline.prior.num_classes))]
     return [ANY_CLASS, *([] if "unconditional" in refusals(pipeline) else [NO_CLASS]), *names]
 
 

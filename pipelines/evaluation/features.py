@@ -78,9 +78,15 @@ def reference_of(network: FeatureNetwork, dataset, *, batch_size: int, cache: Pa
 
 
 def feature_statistics(features: Tensor) -> dict:
-    """{"mu": (F,), "sigma": (F, F)} of features (N, F), NumPy float64. Raises NotMeasurableError for fewer than two."""
+    """{"mu": (F,), "sigma": (F, F)} of features (N, F), NumPy float64.
+
+    Raises:
+        NotMeasurableError: fewer than two, or some that are not finite.
+    """
     if len(features) < 2:
         raise NotMeasurableError(f"a covariance needs at least 2 images, got {len(features)}")
+    if not features.isfinite().all():
+        raise NotMeasurableError("features of some images are not finite: what decodes them gives no pictures")
     return fidelity("metric_fid").fid_features_to_statistics(features.double())
 
 

@@ -135,9 +135,11 @@ def nearest_images(
 def copying(samples: Tensor, held_out: Tensor) -> float:
     """The probability that a sample lies nearer to the training images than a held-out image does.
 
-    From distances (N,), (M,) to the nearest training image; ties count half. 1/2 for samples of the data's own
-    distribution, towards 1 for copies (Meehan, Chaudhuri & Dasgupta 2020, arXiv:2004.05675).
+    From distances (N,), (M,) to the nearest training image; ties count half; nan if one of them is. 1/2 for samples of
+    the data's own distribution, towards 1 for copies (Meehan, Chaudhuri & Dasgupta 2020, arXiv:2004.05675).
     """
+    if held_out.isnan().any() or samples.isnan().any():
+        return math.nan
     held_out, samples = held_out.sort().values, samples.contiguous()
     farther = len(held_out) - torch.searchsorted(held_out, samples, right=True)
     farther_or_equal = len(held_out) - torch.searchsorted(held_out, samples)

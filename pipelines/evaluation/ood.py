@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipelines.batches import read_batch
 from pipelines.images import DataConfig, ImageDataset, load_images
+from pipelines.metrics import NotMeasurableError
 
 NOISE = "noise"
 
@@ -89,7 +90,12 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
     It is the probability that an inside score exceeds an outside one: 1/2 for chance. Values far below are not rare for
     log p(x) of simpler images (Nalisnick et al. 2019, arXiv:1810.09136).
+
+    Raises:
+        NotMeasurableError: a score that is not a number.
     """
+    if inside.isnan().any() or outside.isnan().any():
+        raise NotMeasurableError("the bound on log p(x) of some images came out as nan")
     from sklearn.metrics import roc_auc_score  # a second to import
 
     truth = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])

@@ -1,5 +1,6 @@
 """The result of an evaluation for people: a table in the terminal, rows of the model card, beside earlier results."""
 
+import math
 from pathlib import Path
 
 from pipelines.files import read_json
@@ -27,7 +28,11 @@ def format_value(metrics: dict[str, float], name: str) -> str:
     value = metrics[name]
     text = f"{value:.5g}" if isinstance(value, float) else str(value)
     spread = metrics.get(f"{name}_se", metrics.get(f"{name}_std"))
-    return text if spread is None else f"{text} ± {spread:.2g}"
+    if spread is None:
+        return text
+    if 0 < spread < 10 * abs(float(text) - value):  # rounded more coarsely than it is known
+        text = f"{value:.{max(0, 1 - math.floor(math.log10(spread)))}f}"
+    return f"{text} ± {spread:.2g}"
 
 
 def format_summary(result: dict) -> str:
