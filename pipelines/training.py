@@ -43,6 +43,7 @@ from pipelines.training_states import (
     set_weights,
 )
 from pipelines.validation import validate
+from prior.base import evaluating
 
 # Codebooks start from one pass without gradients over this many images at most
 LARGEST_INITIAL_BATCH = 256
@@ -170,7 +171,7 @@ class _Run:
         self.on_evaluate = on_evaluate
         self.progress = _Progress()
         self.complaints: set[str] = set()
-        self.skipped_steps = 0
+        self.skipped_steps = dict.fromkeys((update.name for update in updates), 0)
         self.loader: Iterator[dict] = iter(())
         self.state = newest_state(folder / "state")
         if self.state is None and (has_states(folder / "state") or self._had_states()):
@@ -336,6 +337,8 @@ class _Run:
         seed = derived_seed(self.config.seed, "noise", accelerator.process_index, step, micro_batch)
         _seed_noise(seed, accelerator.device)
         batch = to_device(batch, accelerator.device)
+        if micro_batch == 0:
+            self.step_losses: dict[str, list[dict[str, Tensor]]] = {update.name: [] for update in self.updates}
         with accelerator.accumulate(*(update.module for update in self.updates)):
             for update in self.updates:
                 update.module.train()
@@ -345,28 +348,38 @@ class _Run:
                 if len(self.updates) > 1:  # a generator's loss leaves nothing with the critic that it went through
                     only["inputs"] = [p for p in update.module.parameters() if p.requires_grad]
                 accelerator.backward(sum(losses.values()), **only)
-                logged |= {f"{update.name}/{k}" if len(self.updates) > 1 else k: v.detach() for k, v in losses.items()}
+                prefix = f"{update.name}/" if len(self.updates) > 1 else ""
+                logged |= {f"{prefix}{name}": loss.detach() for name, loss in losses.items()}
+                self.step_losses[update.name].append({name: loss.detach() for name, loss in losses.items()})
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(
-                        update.module.parameters(), self.config.max_grad_norm or math.inf
-                    )
-                    self._check_finite(step, norm, losses)
-                    logged["grad_norm"] = norm.detach()
+                    norm = self._clip(update)
+                    self._check_finite(step, norm, update.name)
+                    logged[f"{prefix}grad_norm"] = norm.detach()
                     # Only a scaler needs accelerate's step, which each time looks for an optional package on disk
                     bare = update.optimizer.optimizer
                     (bare if accelerator.scaler is None else update.optimizer).step()
                     bare.zero_grad()
         return logged
 
-    def _check_finite(self, step: int, norm: Tensor, losses: dict[str, Tensor]) -> None:
+    def _clip(self, update: Update) -> Tensor:
+        """Clips the gradient of one update; its norm before that."""
+        largest = self.config.max_grad_norm or math.inf
+        if self.accelerator.scaler is None or len(self.updates) == 1:
+            return self.accelerator.clip_grad_norm_(update.module.parameters(), largest)
+        # accelerate's would also unscale what the other updates have accumulated so far
+        self.accelerator.unscale_gradients(update.optimizer)
+        return nn.utils.clip_grad_norm_(update.module.parameters(), largest)
+
+    def _check_finite(self, step: int, norm: Tensor, update: str) -> None:
         # Gradients are averaged over processes before this point: what is not finite on one is so on all
         if torch.isfinite(norm):
-            self.skipped_steps = 0
+            self.skipped_steps[update] = 0
             return
-        self.skipped_steps += 1
-        if self.accelerator.scaler is not None and self.skipped_steps < MOST_SKIPPED_STEPS:
+        self.skipped_steps[update] += 1
+        if self.accelerator.scaler is not None and self.skipped_steps[update] < MOST_SKIPPED_STEPS:
             return  # the scaler leaves this step out and lowers its scale
-        broken = [name for name, value in losses.items() if not torch.isfinite(value)]
+        losses = self.step_losses[update]
+        broken = [name for name in losses[0] if not all(torch.isfinite(of_batch[name]) for of_batch in losses)]
         keys = [self.batches.keys(step, micro) for micro in range(self.config.gradient_accumulation_steps)]
         rank = self.accelerator.process_index
         path = self.folder / f"nonfinite-step{step}-process{rank}.json"
@@ -409,7 +422,8 @@ class _Run:
                 and accelerator.is_main_process
                 and accelerator.distributed_type != DistributedType.FSDP
             ):
-                self.on_evaluate(progress.step, self.objective.model)
+                with evaluating(self.objective.model):  # batch norm would learn, and wait for the other processes
+                    self.on_evaluate(progress.step, self.objective.model)
             best = progress.best_metrics.get(name, math.inf)
             if metrics[name] < best:
                 progress.best_step, progress.best_metrics = progress.step, metrics

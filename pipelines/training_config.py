@@ -21,8 +21,8 @@ class TrainingConfig:
         batch_size: images per optimizer step, over all processes and accumulated micro-batches: the same number
             means the same training on one device and on eight.
         gradient_accumulation_steps: micro-batches that one step is made of. Batch norm (in networks mlp), LFQ's
-            entropy, free_nats and the balance of local latents in the warm-up of the KL term see one at a time; all
-            else trains as with one batch.
+            entropy, free_nats and the balance of local latents in the warm-up of the KL term see one at a time, and a
+            Boltzmann prior's chains move on at each; all else trains as with one batch.
         learning_rate: peak learning rate of AdamW.
         weight_decay: decoupled weight decay.
         adam_beta1: decay of the first moment.

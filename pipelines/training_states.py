@@ -50,7 +50,7 @@ def set_optimizer(
     for name, value in tensors.items():
         parameter, key = name.rsplit("/", 1)
         state.setdefault(parameter, {})[key] = value
-    groups = [{**group, "betas": tuple(group["betas"])} for group in param_groups]
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in param_groups]
     set_optimizer_state_dict(module, optimizer, {"state": state, "param_groups": groups}, options=_WHOLE)
     # Files know no memory format, and the fused AdamW goes through memory without a look at it
     for parameter, values in optimizer.state.items():
@@ -62,9 +62,10 @@ def set_optimizer(
 def own_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that a part of the model names in `per_process_buffers`, by their name in the whole."""
     return {
-        f"{path}.{name}": part.get_buffer(name)
+        f"{path}.{name}".replace("_orig_mod.", ""): part.get_buffer(name)  # compiled or not
         for path, part in module.named_modules()
         for name in getattr(part, "per_process_buffers", ())
+        if name in part._buffers  # the wrapper of a compiled part has its attributes, not its buffers
     }
 
 

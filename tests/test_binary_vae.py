@@ -546,6 +546,17 @@ def test_a_draw_per_image_is_repeated_in_a_row():
 # Collapse
 
 
+def test_what_groups_carry_is_not_lost_in_a_step_that_overflows():
+    model = make("dvaepp")
+    for nats in (math.nan, 2.0, math.nan, 2.0):
+        model._remember({"bits": (torch.tensor(nats), 4)})
+        assert model.complaints() == {}
+    assert model.nats_by_group["bits"][0].item() == pytest.approx(2)
+    for _ in range(400):
+        model._remember({"bits": (torch.tensor(0.0), 4)})
+    assert list(model.complaints()) == ["collapse of bits"]
+
+
 def test_bits_that_do_not_depend_on_the_image_are_named():
     model = make("dvaepp").float().train()
     with torch.no_grad():

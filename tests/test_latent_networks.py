@@ -68,6 +68,18 @@ def test_one_process_has_the_batch_norm_of_torch_to_the_last_bit(training):
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
+def test_a_step_that_overflows_leaves_the_running_moments_as_they_are():
+    normalise = BatchNorm(5)
+    normalise(torch.randn(7, 5))
+    before = normalise.running_mean.clone(), normalise.running_var.clone()
+    rows = torch.randn(7, 5)
+    rows[2, 3] = torch.inf
+    assert not normalise(rows).isfinite().all()
+    assert all(map(torch.equal, before, (normalise.running_mean, normalise.running_var)))
+    normalise(torch.randn(7, 5))
+    assert not torch.equal(normalise.running_mean, before[0])
+
+
 def test_one_row_has_no_variance_to_train_by():
     normalise = BatchNorm(5)
     message = "at least 2 rows to train, got 1; raise training.batch_size or lower training.gradient_accumulation_steps"

@@ -2,7 +2,9 @@
 
 import copy
 import errno
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -14,7 +16,9 @@ import sys
 import time
 from collections import Counter
 from dataclasses import fields, replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
@@ -22,6 +26,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import nn
 
 from pipelines.batches import StepBatches
 from pipelines.checkpoint import build_prior, build_tokenizer, has_states
@@ -29,11 +34,11 @@ from pipelines.ema import EMA
 from pipelines.files import folder_lock, read_json
 from pipelines.images import DataConfig, load_images
 from pipelines.launch import LAUNCHED_BY, cpu_computes_bf16, end_with_the_launcher, make_accelerator
-from pipelines.objectives import PriorLoss, TokenizerLoss
+from pipelines.objectives import Objective, PriorLoss, TokenizerLoss
 from pipelines.runs import save_config
 from pipelines.training import NonFiniteLossError, Update, adamw, fit
 from pipelines.training_config import TrainingConfig
-from pipelines.training_states import make_shardable
+from pipelines.training_states import make_shardable, own_buffers
 from pipelines.validation import validate
 from prior import PRIORS
 from prior.base import CodeSpec
@@ -611,6 +616,99 @@ def test_fp16_leaves_out_steps_that_overflow_and_continues_exactly(tmp_path, mon
         train("vqvae-ema_vq", tmp_path / "parts", config, on_evaluate=interrupt_at(10))
     train("vqvae-ema_vq", tmp_path / "parts", config)
     assert_same_state(tmp_path / "whole", tmp_path / "parts")
+
+
+SGD = partial(torch.optim.SGD, lr=0.05)
+
+
+class Player(Objective):
+    """One of two models, the first of which is trained through the second."""
+
+    best_metric = "nll"
+
+    def __init__(self, other=None):
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2))
+        self.__dict__["other"] = other  # no module of this one's
+
+    def forward(self, batch, step=None):
+        z = self.model(batch["codes"][1].flatten(1).float())
+        z = z if self.other is None else self.other.model(z)
+        loss = z.square() + (z - 1).abs()
+        return {"nll": loss.mean() if self.training else loss.mean(dim=1)}
+
+    def initialize(self, batch):
+        pass
+
+
+def play(folder, *, fp16: bool, accumulation: int, optimizer=SGD, **changed):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = replace(CONFIG, gradient_accumulation_steps=accumulation, warmup_steps=0, log_every=1, max_grad_norm=0.5,
+                     lr_schedule="constant_with_warmup", **changed)  # fmt: skip
+    accelerator = make_accelerator(config, folder)
+    if fp16:
+        accelerator = as_fp16(accelerator)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    torch.manual_seed(0)
+    second = Player()
+    first = Player(second)
+    players = {"first": first, "second": second}
+    updates = [Update(name, player, optimizer(player.parameters())) for name, player in players.items()]
+    fit(accelerator, updates, Codes(), Codes(), folder=folder, config=config, resolved={})
+    names = ("train/first/grad_norm", "train/second/grad_norm")
+    return [[line[name] for name in names] for line in read_log(folder) if names[0] in line]
+
+
+def test_gradients_of_two_models_are_scaled_and_clipped_each_on_its_own(tmp_path):
+    norms = {
+        (fp16, accumulation): play(tmp_path / f"{fp16}{accumulation}", fp16=fp16, accumulation=accumulation)
+        for fp16 in (False, True)
+        for accumulation in (1, 2)
+    }
+    assert len(norms[False, 1]) == CONFIG.total_steps
+    for found in norms.values():
+        np.testing.assert_allclose(found, norms[False, 1], rtol=0.02)  # fp16 rounds
+
+
+def test_a_run_with_any_optimizer_goes_on(tmp_path):
+    options = {"fp16": False, "accumulation": 1, "save_every": 3}
+    for optimizer in (partial(torch.optim.SGD, lr=0.05, momentum=0.9), partial(torch.optim.RMSprop, lr=0.01)):
+        name = optimizer.func.__name__
+        play(tmp_path / name, optimizer=optimizer, total_steps=6, **options)
+        for steps in (3, 6):
+            play(tmp_path / f"{name}-parts", optimizer=optimizer, total_steps=steps, **options)
+        assert_same_state(tmp_path / name, tmp_path / f"{name}-parts")
+
+
+def test_own_buffers_have_the_same_names_where_the_model_is_compiled():
+    objective, *_ = make("rbm")
+    names = list(own_buffers(objective))
+    objective.model = torch.compile(objective.model, backend="eager")
+    assert list(own_buffers(objective)) == names == ["model.chains", "model.num_updates"]
+
+
+def test_pictures_that_are_made_while_training_change_nothing(tmp_path):
+    def look(step, model):
+        assert not model.training
+        model.decode(model.encode(torch.zeros(2, 1, 8, 8)))
+
+    train("dvaepp", tmp_path / "plain")
+    train("dvaepp", tmp_path / "looked", on_evaluate=look)
+    assert_same_state(tmp_path / "plain", tmp_path / "looked")
+
+
+def test_a_loss_that_is_not_finite_is_named_in_whatever_micro_batch(tmp_path):
+    def poison(objective):
+        forward, passes = objective.forward, itertools.count()
+
+        def poisoned(batch, step=None):
+            first = objective.training and next(passes) == 4  # of two micro-batches of step 2
+            return {name: loss * (math.inf if first else 1) for name, loss in forward(batch, step).items()}
+
+        objective.forward = poisoned
+
+    with pytest.raises(NonFiniteLossError, match="step 2: loss nll is not finite"):
+        train("gpt", tmp_path, replace(CONFIG, gradient_accumulation_steps=2), change=poison)
 
 
 def test_fp16_ends_where_no_scale_helps(tmp_path, monkeypatch):

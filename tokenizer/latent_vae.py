@@ -261,7 +261,7 @@ class LatentVAE(Tokenizer):
         local_waits = self.local_kl_weight(self._kl_weight) > 1
         for name, (nats, num_latents) in self.nats_by_group.items():
             is_local = name in self._local_groups
-            if nats.item() >= COLLAPSED_NATS_PER_LATENT * num_latents or (is_local and local_waits):
+            if not nats.item() < COLLAPSED_NATS_PER_LATENT * num_latents or (is_local and local_waits):
                 continue
             advice = "Raise tokenizer.kl_warmup_steps, or give fewer latents"
             if self.has_local_latents and not is_local:
@@ -302,8 +302,11 @@ class LatentVAE(Tokenizer):
     def _remember(self, of_batch: dict[str, tuple[Tensor, int]]) -> None:
         """Follows what each group of latents carries, for `complaints`."""
         for name, (nats, num_latents) in of_batch.items():
-            known = self.nats_by_group.get(name, (nats.float(), num_latents))[0]
-            self.nats_by_group[name] = (torch.lerp(known, nats.detach().float(), 0.02), num_latents)
+            nats = nats.detach().float()
+            known = self.nats_by_group.get(name, (nats, num_latents))[0]
+            known = torch.where(known.isfinite(), known, nats)
+            moved = torch.lerp(known, nats, 0.02)  # not a number in a step that overflows
+            self.nats_by_group[name] = (torch.where(moved.isfinite(), moved, known), num_latents)
 
     # Parts
     # --------------------------------------------------------------------------------------------

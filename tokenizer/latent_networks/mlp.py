@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.distributed import is_distributed, mean_over_processes
@@ -87,16 +88,29 @@ class BatchNorm(nn.BatchNorm1d):
                 f"batch norm needs micro-batches of at least 2 rows to train, got {num_rows}; raise "
                 "training.batch_size or lower training.gradient_accumulation_steps, or set network.num_layers to 0"
             )
-        if not is_distributed():
-            return super().forward(x)
+        y, mean, variance = self._by_moments(x, num_rows) if is_distributed() else self._by_torch(x)
+        self.num_batches_tracked += 1
+        # Under fp16 a step whose features overflow is left out by the optimizer, and so it must be here
+        is_number = mean.isfinite().all() & variance.isfinite().all()
+        for running, moved in ((self.running_mean, mean), (self.running_var, variance)):
+            running.copy_(torch.where(is_number, moved, running))
+        return y
+
+    def _by_torch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows normalised, and the running moments after them."""
+        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+        return y, mean, variance
+
+    def _by_moments(self, x: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(x.device.type, enabled=False):  # moments in float32
             rows = x.to(self.running_mean.dtype)
             mean = mean_over_processes(rows.mean(dim=0))
             variance = mean_over_processes((rows - mean).square().mean(dim=0))
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(variance.detach() * num_rows / (num_rows - 1), self.momentum)
-            self.num_batches_tracked += 1
-            return ((rows - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(x.dtype)
+            unbiased = variance.detach() * num_rows / (num_rows - 1)
+            y = ((rows - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(x.dtype)
+            moments = (self.running_mean, mean.detach()), (self.running_var, unbiased)
+            return y, *(running.lerp(of_batch, self.momentum) for running, of_batch in moments)
 
 
 def _affine(in_features: int, out_features: int) -> nn.Linear:
