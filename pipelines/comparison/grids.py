@@ -70,7 +70,7 @@ class Grids:
         return parameters
 
     def _reconstruct(self, pipeline: Pipeline, member: Member, data: dict | None) -> None:
-        self.path(member, "reconstructions").unlink(missing_ok=True)  # what others it showed
+        self.path(member, "reconstructions").unlink(missing_ok=True)  # one of other images or weights
         images = self._load(pipeline, member, data)
         count = min(NUM_RECONSTRUCTED, len(images))
         columns = min(COLUMNS, count)
