@@ -114,15 +114,27 @@ class GPT(AutoregressivePrior):
         for level, length in enumerate(self.spec.lengths):
             level_head, offset = head[self._tokens(level)] if kinds else None, self.offsets[level]
             for _ in range(length):
-                if decoder is None and caches[0].length > 0:
+                if decoder is None and (caches[0].length > 0 or tokens.shape[1] == 1):
                     serving = [kind for kind in kinds if kind.serves(self.model)]
-                    decoder = serving[0](self.model, caches, rotation) if serving else None
+                    if serving and (caches[0].length > 0 or serving[0].takes_the_first):
+                        decoder = serving[0](self.model, self._begun(caches, len(tokens)), rotation)
                 if decoder is None:
                     logits = self._head(self.model(tokens, rotation, caches)[:, -1], level)
                 else:
                     logits = decoder(tokens, level_head)
                 codes = yield logits
                 tokens = (offset + codes if offset else codes)[:, None]
+
+    def _begun(self, caches: list["Cache"], batch: int) -> list["Cache"]:
+        """The caches; where they have seen nothing, of the dtype that keys and values will have."""
+        device, num_heads = self.lm_head.weight.device, self.config.num_heads
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.lm_head.weight.dtype
+        for cache in caches:
+            if cache.length == 0:
+                shape = (batch, num_heads, 0, self.config.hidden_dim // num_heads)
+                cache.keys = cache.values = torch.empty(shape, dtype=dtype, device=device)
+        return caches
 
     def prefix(self, classes: Tensor) -> Tensor:
         """(B, P) tokens that begin the sequence: the class or null class, with the padded caption before it.

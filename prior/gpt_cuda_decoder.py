@@ -29,12 +29,12 @@ class Layer:
         self.gate_up, self.down = self._joined(mlp.gate_proj, mlp.up_proj), self._joined(mlp.down_proj)
 
     @classmethod
-    def through(cls, layers: list["Layer"], x: Tensor, place: Tensor) -> Tensor:
-        """The hidden states after all layers, which the last norm has made of the residual stream."""
+    def through(cls, layers: list["Layer"], x: Tensor, place: Tensor, head: Tensor) -> Tensor:
+        """Logits (B, K): a head's weight (K, D) times what the last norm makes of the residual stream of all layers."""
         normalised = layers[0].norm(x).to(layers[0].keys.dtype)
         for layer in layers:
             x, normalised = layer(x, normalised, place)
-        return normalised
+        return F.linear(normalised, head)
 
     def __call__(self, x: Tensor, normalised: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         mixed = self.attend(F.linear(normalised, self.queries_keys_values), place)
@@ -94,6 +94,8 @@ class StaticDecoder:
         rotation: the rotary table of all places (2, P, head_dim / 2), or None.
     """
 
+    takes_the_first = True  # token of a sequence, where it stands alone
+
     def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None, layer: type[Layer] = TorchLayer):
         for cache in caches:
             cache.reserve()
@@ -119,21 +121,18 @@ class StaticDecoder:
         """Logits (B, K) after the next tokens (B, 1), for a head's weight (K, D); overwritten by the next call's."""
         self.tokens.copy_(tokens[:, 0])
         if head.data_ptr() not in self.heads:
-            self.heads[head.data_ptr()] = head.to(self.dtype)
+            self.heads[head.data_ptr()] = head.to(self.dtype).contiguous()
         return self.logits(head.data_ptr())
 
     def logits(self, head: int) -> Tensor:
+        """After `tokens` at `place`, which goes on to the next."""
         with torch.autocast(self.device.type, enabled=False):
-            return F.linear(self.hidden(), self.heads[head])
-
-    def hidden(self) -> Tensor:
-        """The hidden states (B, D) after `tokens` at `place`, which goes on to the next."""
-        x = self.embed(self.tokens)
-        if self.positions is not None:
-            x = x + self.positions.index_select(0, self.place)
-        hidden = type(self.layers[0]).through(self.layers, x, self.place)
-        self.place += 1
-        return hidden
+            x = self.embed(self.tokens)
+            if self.positions is not None:
+                x = x + self.positions.index_select(0, self.place)
+            logits = type(self.layers[0]).through(self.layers, x, self.place, self.heads[head])
+            self.place += 1
+            return logits
 
 
 class GraphDecoder(StaticDecoder):
@@ -142,35 +141,46 @@ class GraphDecoder(StaticDecoder):
     def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None):
         super().__init__(model, caches, rotation, layer_for(caches[0].keys))
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # for each head
+        block = model.layers[0]
+        sizes = (len(self.layers), *self.layers[0].keys.shape, *block.mlp.up_proj.weight.shape)
+        dtypes = (self.dtype, self.embed.weight.dtype, model.norm.weight.dtype)
+        way = (type(self.layers[0]), rotation is None, torch.are_deterministic_algorithms_enabled())
+        self.like = (self.device, *dtypes, *sizes, *way)
 
     @staticmethod
     def serves(model: nn.Module) -> bool:
         return StaticDecoder.serves(model) and model.embed_tokens.weight.device.type == "cuda"
 
     def logits(self, head: int) -> Tensor:
-        if head not in self.graphs:
-            return self._first(head)
-        graph, logits = self.graphs[head]
-        graph.replay()
+        logits = None if head in self.graphs else self._first(head)
+        if logits is None:
+            graph, logits = self.graphs[head]
+            graph.replay()
         return logits
 
-    def _first(self, head: int) -> Tensor:
-        """The first step with a head, and the recording of those that follow, which computes nothing.
+    def _first(self, head: int) -> Tensor | None:
+        """Records the step for a head, which computes nothing. Where none like it was ever made, it is made before, and
+        its logits returned, since what libraries set up at their first call cannot be recorded.
 
-        A step before is needed, since what libraries set up at their first call cannot be recorded. Not by
-        `torch.cuda.graph`, which collects garbage and empties torch's cache of memory each time.
+        Not by `torch.cuda.graph`, which collects garbage and empties torch's cache of memory each time.
         """
-        current = torch.cuda.current_stream(self.device)
+        current, logits = torch.cuda.current_stream(self.device), None
+        like = (*self.like, *self.heads[head].shape)
         with _RECORDING:
             stream = _recording_stream(self.device)
             stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream):
-                    logits = super().logits(head)
-                    self._record(head)
+                    if like in _MADE:
+                        self._record(head)
+                    if head not in self.graphs:
+                        logits = super().logits(head)
+                        _MADE.add(like)
+                        self._record(head)
             finally:
                 current.wait_stream(stream)
-        logits.record_stream(current)  # else a later step on the other stream may overwrite it before it is read
+        if logits is not None:
+            logits.record_stream(current)  # else a later step on the other stream may overwrite it before it is read
         return logits
 
     def _record(self, head: int) -> None:
@@ -196,7 +206,7 @@ class GraphDecoder(StaticDecoder):
 # One stream for all decoders, since cuBLAS keeps 32 MiB for each that it has ever seen. Whatever another thread did on
 # it would be recorded too.
 _recording_stream = functools.cache(torch.cuda.Stream)
-_RECORDING, _RECORDED = Lock(), count(1)
+_RECORDING, _RECORDED, _MADE = Lock(), count(1), set()
 MOST_GRAPHS = 64  # some MB each
 
 

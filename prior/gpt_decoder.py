@@ -41,6 +41,8 @@ class Decoder:
         rotation: the rotary table of all places (2, P, head_dim / 2), or None.
     """
 
+    takes_the_first = False  # token of a sequence
+
     def __init__(self, model: nn.Module, caches: list, rotation: Tensor | None):
         self.embed = model.embed_tokens
         self.rotary = rotation is not None

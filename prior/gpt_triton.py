@@ -2,9 +2,14 @@
 
 For few images a layer's products are kernels too, since to multiply a matrix by them is to read it.
 
+From Hopper on a kernel starts while the one before it still runs, reads what that one cannot have written, weights and
+the past, and then waits for its end (programmatic dependent launch). All of these wait: where one has ended, all before
+it have.
+
 Kernels start on the current device, which must be that of their arguments.
 """
 
+import functools
 import math
 
 import torch
@@ -40,11 +45,10 @@ class FewRowsLayer(Layer):
     """A `Layer` of five kernels: products that begin with the norm before them, and end with what is done to them."""
 
     @classmethod
-    def through(cls, layers: list[Layer], x: Tensor, place: Tensor) -> Tensor:
+    def through(cls, layers: list[Layer], x: Tensor, place: Tensor, head: Tensor) -> Tensor:
         for layer in layers:
             layer.advance(x, place)
-        last = layers[-1]
-        return last.next_norm(x).to(last.keys.dtype)
+        return project(x, head, norm=layers[-1].next_norm)
 
     def advance(self, x: Tensor, place: Tensor) -> None:
         """Adds what the layer adds to the residual stream x (B, D), in place."""
@@ -61,7 +65,8 @@ def attend(projected: Tensor, rotations: Tensor | None, place: Tensor, keys: Ten
     Args:
         projected: (B, 3 D) queries, keys and values of D = heads x head_dim channels, contiguous, like all others.
         rotations: cosines and signed sines of every place (P, 2, head_dim), float32, or None.
-        place: (1,) int64 in [0, P), the token's; read on the device.
+        place: (1,) int64 in [0, P), the token's; read on the device. Neither it nor what is before the place in `keys`
+            and `values` may be written by the kernel just before.
         keys: (B, heads, P, head_dim), changed at `place`, in the dtype of `projected`, like `values`.
         values: (B, heads, P, head_dim).
     Returns:
@@ -74,7 +79,7 @@ def attend(projected: Tensor, rotations: Tensor | None, place: Tensor, keys: Ten
     num_slots = max(1, num_warps * 32 * ELEMENTS // padded_dim)
     _attend[(batch * num_heads,)](
         projected, rotations, place, keys, values, mixed, num_places, num_heads, head_dim, padded_dim, num_slots,
-        math.log2(math.e) / math.sqrt(head_dim), num_warps=num_warps, enable_fp_fusion=True,
+        math.log2(math.e) / math.sqrt(head_dim), num_warps=num_warps, **options(keys.device),
     )  # fmt: skip
     return mixed
 
@@ -82,12 +87,13 @@ def attend(projected: Tensor, rotations: Tensor | None, place: Tensor, keys: Ten
 def add_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Adds a branch (B, D) to the residual stream x (B, D), in place; returns the sum's RMSNorm, in the branch's dtype.
 
-    The sum is rounded to the dtype of x, and normalised in float32. Tensors are contiguous; the weight is (D,).
+    The sum is rounded to the dtype of x, and normalised in float32. Tensors are contiguous; the weight is (D,), and not
+    written by the kernel just before.
     """
     batch, dim = x.shape
     normalised = torch.empty_like(branch)
     padded_dim = triton.next_power_of_2(dim)
-    _add_norm[(batch,)](x, branch, weight, normalised, eps, dim, padded_dim, enable_fp_fusion=True)
+    _add_norm[(batch,)](x, branch, weight, normalised, eps, dim, padded_dim, **options(x.device))
     return normalised
 
 
@@ -96,7 +102,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     batch, ffn_dim = len(gate_up), gate_up.shape[1] // 2
     product = gate_up.new_empty(batch, ffn_dim)
     grid = (batch, triton.cdiv(ffn_dim, COLUMNS))
-    _silu_mul[grid](gate_up, product, ffn_dim, COLUMNS, enable_fp_fusion=True)
+    _silu_mul[grid](gate_up, product, ffn_dim, COLUMNS, **options(gate_up.device))
     return product
 
 
@@ -112,7 +118,8 @@ def project(
 
     Args:
         x: (B, D); rounded to the weight's dtype after the norm, which is computed in float32.
-        weight: (N, D), contiguous like all others; with `gated` (2 N, D), N gates and then N others.
+        weight: (N, D), contiguous like all others; with `gated` (2 N, D), N gates and then N others. Neither it nor the
+            norm's may be written by the kernel just before.
         norm: normalises the rows of x first.
         gated: the result is silu(gate) * other, rounded once after it is computed in float32.
         add_to: (B, N), to which the product is added in place.
@@ -128,18 +135,31 @@ def project(
     _project[(triton.cdiv(num_columns, num_rows),)](
         x, None if norm is None else norm.weight, weight, out, 0.0 if norm is None else norm.eps, len(x), num_columns,
         dim, padded_dim, num_rows, gated, add_to is not None,
-        num_warps=min(16, max(1, elements // (64 * 32))), enable_fp_fusion=True,
+        num_warps=min(16, max(1, elements // (64 * 32))), **options(x.device),
     )  # fmt: skip
     return out
+
+
+@functools.cache
+def options(device: torch.device) -> dict[str, bool]:
+    """Of the compiler and of the start of all kernels."""
+    overlaps = (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and hasattr(triton.language.extra.cuda, "gdc_wait")  # not in Triton's older versions
+    )
+    return {"overlaps": overlaps, "enable_fp_fusion": True} | ({"launch_pdl": True} if overlaps else {})
 
 
 @triton.jit(do_not_specialize=["num_places"])
 def _attend(
     projected, rotations, place, keys, values, mixed, num_places,
     num_heads: tl.constexpr, head_dim: tl.constexpr, padded_dim: tl.constexpr, num_slots: tl.constexpr,
-    scale: tl.constexpr,
+    scale: tl.constexpr, overlaps: tl.constexpr,
 ):  # fmt: skip
     """One head of one image; `scale` is of the scores, and makes them exponents of 2."""
+    if overlaps:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)  # of the caches, which may have more than 2^31 elements
     image, head = row // num_heads, row % num_heads
     place = tl.load(place).to(tl.int32)
@@ -153,6 +173,8 @@ def _attend(
     past_keys = tl.load(keys + elements, mask=mask, other=0.0)
     past_values = tl.load(values + elements, mask=mask, other=0.0)
 
+    if overlaps:  # the place and the past are those of the step before, long ended
+        tl.extra.cuda.gdc_wait()
     projected += (image * 3 * num_heads + head) * head_dim
     query = tl.load(projected + channels, mask=is_channel, other=0.0)
     key = tl.load(projected + num_heads * head_dim + channels, mask=is_channel, other=0.0)
@@ -198,9 +220,11 @@ def _attend(
 @triton.jit(do_not_specialize=["num_images"])
 def _project(
     x, norm_weight, weight, out, eps, num_images, num_columns: tl.constexpr, dim: tl.constexpr,
-    padded_dim: tl.constexpr, num_rows: tl.constexpr, gated: tl.constexpr, adds: tl.constexpr,
+    padded_dim: tl.constexpr, num_rows: tl.constexpr, gated: tl.constexpr, adds: tl.constexpr, overlaps: tl.constexpr,
 ):  # fmt: skip
     """num_rows columns of the product."""
+    if overlaps:
+        tl.extra.cuda.gdc_launch_dependents()
     columns = tl.program_id(0) * num_rows + tl.arange(0, num_rows)
     channels = tl.arange(0, padded_dim)
     is_column, is_channel = columns < num_columns, channels < dim
@@ -210,6 +234,8 @@ def _project(
         other_rows = tl.load(weight + num_columns * dim + elements, mask=mask, other=0.0)
     if norm_weight is not None:
         scale = tl.load(norm_weight + channels, mask=is_channel, other=0.0).to(tl.float32)
+    if overlaps:
+        tl.extra.cuda.gdc_wait()
     for image in range(num_images):
         row = tl.load(x + image * dim + channels, mask=is_channel, other=0.0).to(tl.float32)
         if norm_weight is not None:
@@ -226,14 +252,18 @@ def _project(
 
 
 @triton.jit
-def _add_norm(x, branch, weight, normalised, eps, dim: tl.constexpr, padded_dim: tl.constexpr):
+def _add_norm(x, branch, weight, normalised, eps, dim: tl.constexpr, padded_dim: tl.constexpr, overlaps: tl.constexpr):
     """One row."""
+    if overlaps:
+        tl.extra.cuda.gdc_launch_dependents()
     channels = tl.arange(0, padded_dim)
     is_channel = channels < dim
     elements = tl.program_id(0).to(tl.int64) * dim + channels
+    scale = tl.load(weight + channels, mask=is_channel, other=0.0)
+    if overlaps:
+        tl.extra.cuda.gdc_wait()
     stream = tl.load(x + elements, mask=is_channel, other=0.0)
     added = tl.load(branch + elements, mask=is_channel, other=0.0)
-    scale = tl.load(weight + channels, mask=is_channel, other=0.0)
     stream = (stream.to(tl.float32) + added.to(tl.float32)).to(stream.dtype)
     tl.store(x + elements, stream, mask=is_channel)
     stream = stream.to(tl.float32)
@@ -242,8 +272,11 @@ def _add_norm(x, branch, weight, normalised, eps, dim: tl.constexpr, padded_dim:
 
 
 @triton.jit
-def _silu_mul(gate_up, product, ffn_dim: tl.constexpr, num_columns: tl.constexpr):
+def _silu_mul(gate_up, product, ffn_dim: tl.constexpr, num_columns: tl.constexpr, overlaps: tl.constexpr):
     """num_columns of one row."""
+    if overlaps:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     image = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * num_columns + tl.arange(0, num_columns)
     is_column = columns < ffn_dim

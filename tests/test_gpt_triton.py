@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +169,7 @@ def test_products_of_few_rows_are_those_of_torch(dtype, batch, num_columns, dim)
 @pytest.mark.parametrize(("batch", "ffn_dim", "dim"), [(1, 5, 16), (3, 2050, 24)])
 def test_gated_products_of_few_rows_are_products_that_are_gated(dtype, batch, ffn_dim, dim):
     x, weight = random(batch, dim, dtype=dtype), random(2 * ffn_dim, dim, dtype=dtype) / dim**0.5
+    x = x + 1  # the kernel just before is not that of the weight
     expected = silu_mul(project(x, weight)).double()
     # other threads add up other parts of a sum, whose rounding may then differ by one
     close = {"rtol": 4 * rounding(dtype) + 40 * FLOAT32, "atol": 4 * rounding(dtype)}
@@ -231,14 +233,14 @@ def test_fused_layers_keep_the_dtypes_of_torch(autocast, layer):
     blocks = make("rotary").model.layers.to(torch.float32 if autocast else torch.bfloat16)
     rotations, place = _by_place(tables(torch.randn(7, 6, device=DEVICE))), torch.tensor([4], device=DEVICE)
     keys, values = random(2, 2, 3, 2, 7, 12, dtype=torch.bfloat16)
-    x = random(3, 24, dtype=blocks[0].input_layernorm.weight.dtype)
+    x, head = random(3, 24, dtype=blocks[0].input_layernorm.weight.dtype), random(9, 24, dtype=torch.bfloat16)
     results = []
     for kind in (TorchLayer, layer):
         layers = [
             kind(block, blocks[0].input_layernorm, SimpleNamespace(keys=k, values=v, length=4, max_length=7), rotations)
             for block, k, v in zip(blocks, keys.clone(), values.clone())
         ]
-        results.append(kind.through(layers, x.clone(), place))
+        results.append(kind.through(layers, x.clone(), place, head))
     # some roundings of bfloat16, which keeps 8 bits
     expected, found = results
     torch.testing.assert_close(found, expected, rtol=0, atol=4 * 2**-8 * expected.abs().max().item())
@@ -267,31 +269,66 @@ def compiled(kernel, types, constants, num_warps=4):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 
 tensors = dict.fromkeys(("projected", "keys", "values", "mixed"), "*bf16") | {"place": "*i64", "num_places": "i32"}
-sizes = {"rotations": None, "num_heads": 12, "head_dim": 64, "padded_dim": 64, "scale": 0.18}
+sizes = {"rotations": None, "num_heads": 12, "head_dim": 64, "padded_dim": 64, "scale": 0.18, "overlaps": False}
 for num_warps in (gpt_triton.NUM_WARPS, gpt_triton.NUM_WARPS_OF_FEW):
     slots = num_warps * gpt_triton.ELEMENTS * 32 // 64
     text = compiled(gpt_triton._attend, tensors, sizes | {"num_slots": slots}, num_warps)
     loop = re.search(r"\n(\S+):[^\n]*\.lr\.ph.*?bra\s+\1", text, re.DOTALL)[0]
     print(*(len(re.findall(what, loop)) for what in (r"ld\.global\.v4\.b32", r"ld\.global", r"bar\.sync|\.local")))
 tensors = {"x": "*bf16", "branch": "*bf16", "weight": "*bf16", "normalised": "*bf16", "eps": "fp32"}
-texts = [compiled(gpt_triton._add_norm, tensors, {"dim": 768, "padded_dim": 1024})]
+texts = [compiled(gpt_triton._add_norm, tensors, {"dim": 768, "padded_dim": 1024, "overlaps": False})]
 tensors, sizes = {"gate_up": "*bf16", "product": "*bf16"}, {"ffn_dim": 2816, "num_columns": gpt_triton.COLUMNS}
-texts.append(compiled(gpt_triton._silu_mul, tensors, sizes))
+texts.append(compiled(gpt_triton._silu_mul, tensors, sizes | {"overlaps": False}))
 tensors = {"x": "*bf16", "norm_weight": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32", "num_images": "i32"}
 sizes = {"num_columns": 2304, "dim": 768, "padded_dim": 1024, "num_rows": 8, "gated": False, "adds": False}
-texts.append(compiled(gpt_triton._project, tensors, sizes))
+texts.append(compiled(gpt_triton._project, tensors, sizes | {"overlaps": False}))
 for text in texts:
     print(*(len(re.findall(what, text)) for what in (r"ld\.global\.v4\.b32", r"ld\.global", r"\.local")))
 """
+OVERLAPS_OF_A_GPU = (
+    LOADS_OF_A_GPU.partition("\ntensors")[0]
+    + r"""
+tensors = dict.fromkeys(("projected", "keys", "values", "mixed"), "*bf16") | {"place": "*i64", "num_places": "i32"}
+sizes = {"rotations": None, "num_heads": 12, "head_dim": 64, "padded_dim": 64, "num_slots": 32, "scale": 0.18}
+texts = [compiled(gpt_triton._attend, tensors, sizes | {"overlaps": True})]
+tensors = {"x": "*bf16", "norm_weight": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32", "num_images": "i32"}
+sizes = {"num_columns": 2304, "dim": 768, "padded_dim": 1024, "num_rows": 8, "gated": False, "adds": True}
+texts.append(compiled(gpt_triton._project, tensors, sizes | {"overlaps": True}))
+tensors = {"x": "*bf16", "branch": "*bf16", "weight": "*bf16", "normalised": "*bf16", "eps": "fp32"}
+texts.append(compiled(gpt_triton._add_norm, tensors, {"dim": 768, "padded_dim": 1024, "overlaps": True}))
+tensors, sizes = {"gate_up": "*bf16", "product": "*bf16"}, {"ffn_dim": 2816, "num_columns": gpt_triton.COLUMNS}
+texts.append(compiled(gpt_triton._silu_mul, tensors, sizes | {"overlaps": True}))
+for text in texts:
+    start, early, late = re.split(r"griddepcontrol\.(?:launch_dependents|wait)", text)
+    print(*(len(re.findall(what, part)) for part in (start, early, late) for what in (r"ld\.global", r"st\.global")))
+"""
+)
+
+
+def numbers_of(script: str, cache: Path) -> list[tuple[int, ...]]:
+    """What a script prints that compiles kernels, on a line each."""
+    pytest.importorskip("triton", minversion="3.3", reason="the compiler was asked in another way before")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+
+
+def test_kernels_that_start_early_read_weights_and_the_past_before_they_wait_and_write_nothing(tmp_path):
+    pytest.importorskip("triton.language.extra.cuda.gdc", reason="kernels cannot start early in older versions")
+    attention, product, added, gated = numbers_of(OVERLAPS_OF_A_GPU, tmp_path)
+    for counts in (attention, product, added, gated):
+        assert counts[:2] == (0, 0)  # the next may start before anything is waited for
+        assert counts[3] == 0
+        assert counts[4] > 0
+        assert counts[5] > 0
+    assert attention[2] == 1 + 4  # the place; a thread's 16 elements of keys and of values, 8 at a time
+    assert product[2] == 8 + 1  # the rows of a weight, and the norm's
+    assert (added[2], gated[2]) == (1, 0)
 
 
 def test_the_compiled_kernels_load_16_bytes_at_a_time_and_wait_for_no_other_thread_at_each_block(tmp_path):
-    pytest.importorskip("triton", minversion="3.3", reason="the compiler was asked in another way before")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", LOADS_OF_A_GPU]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    wide, loads, others = zip(*(map(int, line.split()) for line in done.stdout.splitlines()))
+    wide, loads, others = zip(*numbers_of(LOADS_OF_A_GPU, tmp_path))
     # a thread's 16 elements of keys and of values, 8 at a time; then one load for each tensor, and 8 rows of a weight
     assert wide == loads == (4, 4, 3, 2, 10)
     assert others == (0, 0, 0, 0, 0)

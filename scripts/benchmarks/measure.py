@@ -77,6 +77,8 @@ def compare(
         calls[name] = max(1, round(shortest / max(seconds, 1e-7)))
     timings = {name: Timing([]) for name in candidates}
     order = list(candidates)
+    gc.collect()
+    gc.freeze()  # what there is by now, millions of objects of large libraries, is not gone through before every call
     for _ in range(rounds):
         for name in order:
             gc.collect()
@@ -85,6 +87,7 @@ def compare(
                 candidates[name]()
             timings[name].seconds.append((clock() - start) / calls[name])
         order = [*order[1:], order[0]]
+    gc.unfreeze()
     return timings
 
 

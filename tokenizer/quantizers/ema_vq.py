@@ -113,8 +113,10 @@ class EMAVQ(CodebookQuantizer):
         candidates, self._candidates = self._candidates, None
         counts, sums = _sum_over_processes(pending.counts, pending.sums)
         share = counts.sum() / len(counts)
-        # Under fp16 a step whose features overflow is left out by the optimizer, and so it must be here
-        if not ((share > 0) & torch.stack(torch.aminmax(sums)).isfinite().all()):
+        # Under fp16 a step whose features overflow is left out by the optimizer, and so it must be here. What is not
+        # finite is not a number once it is multiplied by 0, and exceeded by none
+        smallest, largest = torch.aminmax(sums)
+        if not share > smallest * 0 + largest * 0:
             return
         self._update_averages(counts, sums, share)
         # A step of more vectors than those before makes no entry dead that has its share of these
