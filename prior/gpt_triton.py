@@ -21,8 +21,8 @@ from prior.gpt_cuda_decoder import Layer
 
 # Attention has a program per image and head, and each thread loads this many elements of keys and as many of values at
 # a time, 2 x 16 bytes of either in bfloat16. Where programs are fewer than a few for each of a GPU's multiprocessors,
-# waiting for memory is what takes the time, and more threads wait fewer times. Measured on an H200.
-ELEMENTS, NUM_WARPS = 16, 2
+# waiting for memory is what takes the time, and more threads wait fewer times. Measured on an H100.
+ELEMENTS, NUM_WARPS = 16, 1
 FEW_PROGRAMS, NUM_WARPS_OF_FEW = 256, 4
 COLUMNS = 1024  # of the feed-forward layer, for each program: 16 bytes of bfloat16 for each thread
 FEW_ROWS = 8  # up to which a layer's products are read as `project` does

@@ -338,7 +338,7 @@ def test_a_run_that_is_stopped_leaves_the_cases_that_it_had(tmp_path):
 
 def test_results_of_a_gpu_bear_its_name():
     machine = {"cpu": "a CPU", "threads": 2}
-    assert place({"machine": machine, "clock": "wall time"}) == "a CPU, wall time of 2 thread(s)"
+    assert place({"machine": machine, "clock": "wall time"}) == "a CPU, wall time of 2 threads"
     assert place({"machine": {**machine, "gpu": "a GPU"}, "clock": "wall time"}) == "a GPU, wall time"
 
 
@@ -532,6 +532,23 @@ def test_the_summary_puts_ours_beside_the_fastest_other(tmp_path, capsys):
         "| vectors 7, dim 8 / 64 | 2 / 5 | other, one | 1.50 / 2.00 | 2.00 / 1.25 | 2 / 2 | 7 / over the limit |"
     )
     assert "- seconds: 1.5" in lines
+
+
+def test_the_summary_takes_all_runs_of_a_benchmark_and_names_their_gpu(tmp_path, capsys):
+    for only, gpu in (("", "a GPU"), ("dim 8", "another GPU")):
+        report = Report("quantizer", Peers([]), Clock(1), rounds=1, memory_gb=1.0, only=only)
+        report.head["machine"]["gpu"] = gpu
+        case = Case({"vectors": 7, "dim": 8})
+        case.add({"tessera": Timing([0.25])}, references=())
+        report.add(case)
+        report.write(tmp_path)
+    (tmp_path / "quantizer.unfinished.json").write_text((tmp_path / "quantizer.json").read_text())
+    capsys.readouterr()
+    print_summary(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line.startswith("**")]
+    assert [title.partition(", ")[2] for title in titles] == ["another GPU, CPU time)", "a GPU, CPU time)"]
+    assert lines.count("| vectors 7, dim 8 | 250 |") == 2
 
 
 def test_a_summary_of_nothing_is_refused(tmp_path):

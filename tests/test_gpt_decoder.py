@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from prior import gpt, gpt_cuda_decoder, gpt_decoder
 from prior.base import CodeSpec
-from prior.gpt import GPT, Cache, GPTConfig, rotary_table
+from prior.gpt import GPT, Cache, GPTConfig, Transformer, rotary_table
 from prior.gpt_cuda_decoder import GraphDecoder, StaticDecoder, layer_for
 from tests.gpt_steps import check_steps
 
@@ -166,6 +166,19 @@ def decode_by(monkeypatch):
 def test_a_step_of_fixed_shapes_gives_the_logits_of_the_whole_pass(positions, batch, kind, decode_by):
     decode_by(kind)
     check_steps(make(positions, num_classes=3), torch.arange(batch) % 3)
+
+
+def test_a_step_of_fixed_shapes_takes_the_first_token_too_but_no_caption(decode_by, monkeypatch):
+    decode_by(StaticDecoder)
+    passes, whole = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward", lambda *arguments: passes.append(1) or whole(*arguments))
+    logits_of(make("rotary_2d", num_classes=3), torch.arange(3))
+    assert not passes
+    steps = make("rotary_2d", text_vocab_size=7, max_text_length=5).steps(torch.randint(7, (3, 5)))
+    with torch.no_grad():
+        next(steps)
+        steps.send(torch.tensor([0, 1, 2]))
+    assert len(passes) == 1
 
 
 def test_a_step_of_fixed_shapes_goes_on_after_a_caption(decode_by):

@@ -166,7 +166,8 @@ def place(head: dict) -> str:
     machine = head["machine"]
     if "gpu" in machine:
         return f"{machine['gpu']}, {head['clock']}"
-    return f"{machine['cpu']}, {head['clock']} of {machine['threads']} thread(s)"
+    threads = machine["threads"]
+    return f"{machine['cpu']}, {head['clock']} of {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _spread(ratios: list[float] | None) -> str:

@@ -3,31 +3,29 @@
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.report import markdown_row
+from benchmarks.report import markdown_row, place
 from pipelines.files import read_json
 
 HEADER = ["case", "ms", "fastest other", "its time / ours", "our time / floor", "peak MB", "its peak MB"]
 
 
 def summary(folder: Path, benchmarks: dict[str, str]) -> str:
-    """Tables in the order of `benchmarks`, which are described there; cases that differ in their last number alone
-    share a row.
+    """Tables in the order of `benchmarks`, which are described there, also of runs with `--only` and on a GPU; cases
+    that differ in their last number alone share a row.
 
     Raises:
         ValueError: there are no results.
     """
-    pages = [
-        page(read_json(path), what) for name, what in benchmarks.items() if (path := folder / f"{name}.json").is_file()
-    ]
+    files = sorted(path for path in folder.glob("*.json") if not path.name.endswith(".unfinished.json"))
+    results = [read_json(path) for path in files]
+    pages = [page(one, what) for name, what in benchmarks.items() for one in results if one["benchmark"] == name]
     if not pages:
         raise ValueError(f"{folder} has no results; run scripts/benchmark.py {next(iter(benchmarks))} first")
     return "\n".join(pages)
 
 
 def page(results: dict, what: str) -> str:
-    machine = results["machine"]
-    clock = f"{results['clock']} of {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    lines = [f"**{what[0].upper()}{what[1:]}** ({results['date']}, {machine['cpu']}, {clock})", ""]
+    lines = [f"**{what[0].upper()}{what[1:]}** ({results['date']}, {place(results)})", ""]
     timed = [case for case in results["cases"] if case["seconds"]]
     rows = [row(list(cases)) for _, cases in groupby(timed, key=all_but_the_last_value)]
     kept = [i for i in range(len(HEADER)) if any(cells[i] for cells in rows)]
