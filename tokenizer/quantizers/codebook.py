@@ -66,25 +66,25 @@ class CodebookQuantizer(Quantizer):
         """
         self._start_from(h)
         # Piece by piece, so that the passes over vectors and entries find them in the cache
-        codes = torch.empty(_map_shape(h), dtype=torch.int64, device=h.device)
-        entries = h.new_empty(*codes.shape, h.shape[1])
+        shape, squares = (*_map_shape(h), h.shape[1]), []
+        entries = h.new_empty(shape).flatten(0, 2)
         needs_gradient = torch.is_grad_enabled() and (h.requires_grad or self.codebook.requires_grad)
         differences = torch.empty_like(entries) if needs_gradient else None
-        squares = h.new_zeros(())
         with torch.no_grad():
             codebook = self.codebook.float()  # half, perhaps, when evaluating
-            start, search = 0, Search(codebook)
+            start, search, found = 0, Search(codebook), []
             for vectors in _rows(h):
                 part = slice(start, start := start + len(vectors))
-                found = codes.view(-1)[part].copy_(search(vectors))
-                entry = torch.index_select(codebook, 0, found, out=entries.flatten(0, 2)[part])
-                difference = torch.sub(vectors, entry, out=differences.flatten(0, 2)[part] if needs_gradient else None)
-                squares += torch.dot(difference.flatten(), difference.flatten())
+                found.append(search(vectors))
+                entry = torch.index_select(codebook, 0, found[-1], out=entries[part])
+                difference = torch.sub(vectors, entry, out=differences[part] if needs_gradient else None).flatten()
+                squares.append(torch.dot(difference, difference))
                 if statistics is not None:
-                    statistics.add(vectors, found)
-        z, distance = entries.movedim(-1, 1), squares / h.numel()
+                    statistics.add(vectors, found[-1])
+        codes = (torch.cat(found) if len(found) > 1 else found[0]).view(_map_shape(h))
+        z, distance = entries.view(shape).movedim(-1, 1), sum(squares[1:], squares[0]) / h.numel()
         if needs_gradient:
-            differences = differences.movedim(-1, 1)
+            differences = differences.view(shape).movedim(-1, 1)
             z, *losses = _Assign.apply(h, self.codebook, z, differences, codes, distance)
             return Assignment(z, (codes,), *losses)
         return Assignment(z, (codes,), distance, distance)

@@ -64,9 +64,12 @@ class EMAVQ(CodebookQuantizer):
         self.register_buffer("cluster_size", torch.ones(codebook_size))  # N_i
         self.register_buffer("cluster_sum", self.codebook.clone())  # m_i
         self.register_buffer("num_updates", torch.tensor(0))
+        self._known_updates: int | None = 0  # a copy that costs no look at the device; None means "look"
+        self.register_load_state_dict_post_hook(_forget_updates)
         # No buffer: DDP broadcasts buffers of rank 0 and would overwrite what the other processes gathered.
         self._pending: Statistics | None = None
-        # (n, D + 1): vectors that dead entries may become, each with the number of the pass of this step it comes from
+        # (n, D): vectors that dead entries may become; after several passes of this step (n, D + 1), with the number of
+        # the pass that each comes from
         self._candidates: Tensor | None = None
         self.passes_per_batch = 1  # more where a codebook serves several depths
 
@@ -88,21 +91,25 @@ class EMAVQ(CodebookQuantizer):
         if self._pending is None:
             self._pending = Statistics.like(self.codebook)
         if self.revive_below > 0:
-            # One vector per image. Multiples of the golden ratio visit all positions evenly, step after step.
+            # one vector per image
             maps = h.flatten(2)
-            position = (self.num_updates * 2654435769 % 2**32) * maps.shape[2] // 2**32
-            candidates = maps.index_select(2, position.view(1)).squeeze(2).float()
+            if torch.compiler.is_compiling():  # the graph would be made anew for each number
+                position = _position(self.num_updates, maps.shape[2])
+                candidates = maps.index_select(2, position.view(1)).squeeze(2)
+            else:
+                candidates = maps.select(2, _position(self._updates(), maps.shape[2])).clone()
             # one tensor, not a list: torch.compile would compile anew for each length
             if self._candidates is None:
-                self._candidates = F.pad(candidates, (0, 1))
+                self._candidates = candidates
             elif len(self._candidates) >= MOST_CANDIDATES:
                 raise RuntimeError(
                     f"training passes over {MOST_CANDIDATES:,} images without after_step, which moves the codebook: "
                     "call it after each optimizer step, or eval() where the codebook is not to learn"
                 )
             else:
-                number = (self._candidates[-1:, -1:] + 1).expand(len(candidates), 1)
-                self._candidates = torch.cat([self._candidates, torch.cat([candidates, number], dim=1)])
+                before = self._numbered(self._candidates)
+                number = (before[-1:, -1:] + 1).expand(len(candidates), 1)
+                self._candidates = torch.cat([before, torch.cat([candidates, number], dim=1)])
         return self._pending
 
     @torch.no_grad()
@@ -114,35 +121,43 @@ class EMAVQ(CodebookQuantizer):
         counts, sums = _sum_over_processes(pending.counts, pending.sums)
         share = counts.sum() / len(counts)
         # Under fp16 a step whose features overflow is left out by the optimizer, and so it must be here. What is not
-        # finite is not a number once it is multiplied by 0, and exceeded by none
-        smallest, largest = torch.aminmax(sums)
-        if not share > smallest * 0 + largest * 0:
+        # finite is not a number once it is multiplied by 0, and is exceeded by none
+        if not share > sums.sum() * 0:
             return
-        self._update_averages(counts, sums, share)
+        total = self._update_averages(counts, sums, share)
         # A step of more vectors than those before makes no entry dead that has its share of these
-        self._revive(torch.minimum(share, self.cluster_size.mean()), candidates)
+        self._revive(torch.minimum(share, total / len(counts)), candidates)
 
-    def _update_averages(self, counts: Tensor, sums: Tensor, share: Tensor) -> None:
+    def _updates(self) -> int:
+        """How often the codebook was moved."""
+        if self._known_updates is None:
+            self._known_updates = self.num_updates.item()
+        return self._known_updates
+
+    def _update_averages(self, counts: Tensor, sums: Tensor, share: Tensor) -> Tensor:
         """The update of appendix A.1, with N_i and m_i starting as if every entry had always had its uniform share.
 
-        Starting from zero instead, an entry unused at the first step becomes m_i / ~0, far from everything.
+        Starting from zero instead, an entry unused at the first step becomes m_i / ~0, far from everything. Returns the
+        sum of all N_i.
         """
-        kept = self.decay * torch.where(self.num_updates == 0, share, torch.ones_like(share))
+        kept = self.decay * share if self._updates() == 0 else self.decay
         self.cluster_size.mul_(kept).add_(counts, alpha=1 - self.decay)
         self.cluster_sum.mul_(kept).add_(sums, alpha=1 - self.decay)
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + self.epsilon) / (total + len(counts) * self.epsilon) * total
         torch.div(self.cluster_sum, smoothed[:, None], out=self.codebook)
+        self._known_updates = self._updates() + 1
         self.num_updates += 1
+        return total
 
     def _revive(self, share: Tensor, candidates: Tensor | None) -> None:
         """Replaces dead entries. Every process comes to the same result: the counts were summed over all of them."""
         dead = (self.cluster_size < self.revive_below * share).nonzero().flatten()
         if len(dead) == 0:
             return
-        vectors = self._in_order(F.pad(self.codebook[:0], (0, 1)) if candidates is None else candidates)
+        vectors = self._in_order(self._numbered(self.codebook[:0] if candidates is None else candidates))
         num_revived = min(len(dead), len(vectors))
-        generator = torch.Generator().manual_seed(self.num_updates.item())
+        generator = torch.Generator().manual_seed(self._updates())
         dead = dead[torch.randperm(len(dead), generator=generator)[:num_revived].to(dead.device)]
         vectors = vectors[torch.randperm(len(vectors), generator=generator)[:num_revived].to(dead.device)]
         vectors, share = vectors.to(self.codebook.dtype), share.to(self.codebook.dtype)
@@ -150,12 +165,25 @@ class EMAVQ(CodebookQuantizer):
         self.cluster_size[dead] = share
         self.cluster_sum[dead] = vectors * share
 
+    def _numbered(self, candidates: Tensor) -> Tensor:
+        """(n, D + 1), of the first pass where they have no number yet."""
+        return F.pad(candidates, (0, 1)) if candidates.shape[1] == self.codebook.shape[1] else candidates
+
     def _in_order(self, candidates: Tensor) -> Tensor:
         """The vectors of all processes (n, D) by depth, micro-batch and process: in the order of one big batch."""
         rows = _rows_of_processes(candidates)
         number = rows[:, -1].long()
         micro_batch, depth = number // self.passes_per_batch, number % self.passes_per_batch
         return rows[torch.argsort(depth * len(rows) + micro_batch, stable=True), :-1]
+
+
+def _position(number: int | Tensor, num_positions: int) -> int | Tensor:
+    """That of the step with this number: multiples of the golden ratio visit all positions evenly, step after step."""
+    return (number * 2654435769 % 2**32) * num_positions // 2**32
+
+
+def _forget_updates(module: EMAVQ, incompatible_keys) -> None:
+    module._known_updates = None
 
 
 def _sum_over_processes(counts: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
