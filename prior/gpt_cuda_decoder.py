@@ -3,7 +3,7 @@
 import functools
 from contextlib import suppress
 from itertools import count
-from threading import Lock
+from threading import Lock, local
 
 import torch
 import torch.nn.functional as F
@@ -171,11 +171,11 @@ class GraphDecoder(StaticDecoder):
             stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream):
-                    if like in _MADE:
+                    if like in _MADE.steps:
                         self._record(head)
                     if head not in self.graphs:
                         logits = super().logits(head)
-                        _MADE.add(like)
+                        _MADE.steps.add(like)
                         self._record(head)
             finally:
                 current.wait_stream(stream)
@@ -206,8 +206,18 @@ class GraphDecoder(StaticDecoder):
 # One stream for all decoders, since cuBLAS keeps 32 MiB for each that it has ever seen. Whatever another thread did on
 # it would be recorded too.
 _recording_stream = functools.cache(torch.cuda.Stream)
-_RECORDING, _RECORDED, _MADE = Lock(), count(1), set()
+_RECORDING, _RECORDED = Lock(), count(1)
 MOST_GRAPHS = 64  # some MB each
+
+
+class _Made(local):
+    """Of each thread, since cuBLAS has a handle for each: the steps that it has made once."""
+
+    def __init__(self):
+        self.steps: set[tuple] = set()
+
+
+_MADE = _Made()
 
 
 def layer_for(keys: Tensor) -> type[Layer]:

@@ -1,5 +1,9 @@
 """One token at a time through a GPT gives the logits of the whole pass, whatever way the cache is laid out."""
 
+from contextlib import nullcontext
+from threading import Thread
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -252,6 +256,43 @@ def test_captured_steps_are_the_steps(dtype, positions, batch, decode_by):
         results.append(logits_of(prior, classes))
     assert torch.equal(results[1], results[0])
     assert torch.equal(results[2], results[0])
+
+
+class OnNoGPU(GraphDecoder):
+    """What is replayed is a step."""
+
+    serves = staticmethod(StaticDecoder.serves)
+    step = StaticDecoder.logits
+
+    def _record(self, head: int) -> None:
+        logits = torch.empty(len(self.tokens), len(self.heads[head]))
+        self.graphs[head] = SimpleNamespace(replay=lambda: logits.copy_(self.step(head))), logits
+
+
+def test_each_thread_makes_a_step_once_before_it_is_recorded(decode_by, monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *arguments: None)
+    monkeypatch.setattr(gpt_cuda_decoder, "_recording_stream", lambda device: stream)
+    monkeypatch.setattr(gpt_cuda_decoder, "layer_for", lambda keys: gpt_cuda_decoder.TorchLayer)
+    monkeypatch.setattr(gpt_cuda_decoder, "_MADE", gpt_cuda_decoder._Made())
+    made = []
+    monkeypatch.setattr(StaticDecoder, "logits", lambda *arguments: made.append(1) or OnNoGPU.step(*arguments))
+    decode_by(OnNoGPU)
+    prior, classes = make("rotary", num_classes=3), torch.arange(3)
+    check_steps(prior, classes)
+    first = len(made)
+    assert first == 2  # one for the vocabulary of each level
+    check_steps(prior, classes)
+    assert len(made) == first
+    logits_of(prior, classes[:2])  # of another batch
+    assert len(made) > first
+    before = len(made)
+    thread = Thread(target=logits_of, args=(prior, classes))
+    thread.start()
+    thread.join()
+    assert len(made) == before + first
 
 
 @pytest.mark.parametrize("installed", [True, False])

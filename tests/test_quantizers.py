@@ -386,6 +386,17 @@ def test_dead_entries_become_encoder_outputs_with_a_fresh_average():
     assert not torch.equal(quantizer.codebook[2], quantizer.codebook[3])
 
 
+def test_vectors_that_entries_become_outlast_the_features():
+    quantizer = EMAVQ(codebook_size=4, code_dim=4, decay=0.0, init="normal", revive_below=0.1)
+    quantizer.codebook[2:] = 1000.0
+    h = features(quantizer)
+    outputs = h.permute(0, 2, 3, 1).reshape(-1, 4)
+    quantizer(h)
+    h.zero_()  # as an in-place activation may do after the pass
+    quantizer.after_step()
+    assert all((outputs == entry).all(dim=1).any() for entry in quantizer.codebook[2:])
+
+
 @pytest.mark.parametrize("num_images", [1, 8, 800])
 def test_a_batch_of_another_size_makes_no_used_entry_dead(num_images):
     centres = 3 * torch.randn(16, 8)
