@@ -145,6 +145,7 @@ def options(device: torch.device) -> dict[str, bool]:
     """Of the compiler and of the start of all kernels."""
     overlaps = (
         device.type == "cuda"
+        and torch.version.hip is None  # AMD's GPUs bear the name, and numbers of their own
         and torch.cuda.get_device_capability(device) >= (9, 0)
         and hasattr(triton.language.extra.cuda, "gdc_wait")  # not in Triton's older versions
     )

@@ -327,6 +327,23 @@ def test_kernels_that_start_early_read_weights_and_the_past_before_they_wait_and
     assert (added[2], gated[2]) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "overlaps"),
+    [
+        ("cpu", None, None, False),
+        ("cuda:0", (8, 9), None, False),
+        ("cuda:0", (9, 0), None, True),
+        ("cuda:0", (9, 4), "6.2", False),
+    ],
+)
+def test_kernels_start_early_from_hopper_on(device, capability, hip, overlaps, monkeypatch):
+    pytest.importorskip("triton.language.extra.cuda.gdc", reason="kernels cannot start early in older versions")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    options = gpt_triton.options.__wrapped__(torch.device(device))
+    assert (options["overlaps"], options.get("launch_pdl", False)) == (overlaps, overlaps)
+
+
 def test_the_compiled_kernels_load_16_bytes_at_a_time_and_wait_for_no_other_thread_at_each_block(tmp_path):
     wide, loads, others = zip(*numbers_of(LOADS_OF_A_GPU, tmp_path))
     # a thread's 16 elements of keys and of values, 8 at a time; then one load for each tensor, and 8 rows of a weight
