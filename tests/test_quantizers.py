@@ -664,6 +664,20 @@ def test_a_codebook_that_has_started_does_not_make_torch_compile_its_step_twice(
             train_step(compiled, h)
 
 
+@pytest.mark.parametrize("kind", [VQ, partial(EMAVQ, revive_below=0.995)], ids=["vq", "ema_vq"])
+@pytest.mark.parametrize("init", ["normal", "kmeans"])
+def test_codebooks_do_not_depend_on_the_default_device_of_new_tensors(kind, init):
+    plain = kind(codebook_size=40, code_dim=4, init=init)
+    changed, h = copy.deepcopy(plain), features(plain)
+    train_step(plain, h)
+    torch.set_default_device("meta")
+    try:
+        train_step(changed, h)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(plain.codebook, changed.codebook)
+
+
 def test_weights_without_values_can_be_loaded_into_a_codebook_on_the_meta_device():
     with torch.device("meta"):
         quantizer = VQ(codebook_size=5, code_dim=4)

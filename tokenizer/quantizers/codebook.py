@@ -179,11 +179,12 @@ def initial_codebook(vectors: Tensor, codebook_size: int, init: Init) -> Tensor:
     """
     check_finite(vectors)
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(vectors), generator=generator)[: 64 * codebook_size]  # enough vectors per centre
+    order = torch.randperm(len(vectors), generator=generator, device="cpu")
+    order = order[: 64 * codebook_size]  # enough vectors per centre
     vectors = vectors[order.to(vectors.device)]
     repeats = torch.arange(codebook_size, device=vectors.device) % len(vectors)
     codebook = vectors[repeats]
-    noise = torch.randn(codebook.shape, generator=generator).to(codebook)
+    noise = torch.randn(codebook.shape, generator=generator, device="cpu").to(codebook)
     noise[: len(vectors)] = 0
     codebook += 0.01 * vectors.std(dim=0, correction=0) * noise
     if init == "kmeans":

@@ -158,8 +158,9 @@ class EMAVQ(CodebookQuantizer):
         vectors = self._in_order(self._numbered(self.codebook[:0] if candidates is None else candidates))
         num_revived = min(len(dead), len(vectors))
         generator = torch.Generator().manual_seed(self._updates())
-        dead = dead[torch.randperm(len(dead), generator=generator)[:num_revived].to(dead.device)]
-        vectors = vectors[torch.randperm(len(vectors), generator=generator)[:num_revived].to(dead.device)]
+        chosen, taken = (torch.randperm(len(x), generator=generator, device="cpu") for x in (dead, vectors))
+        dead = dead[chosen[:num_revived].to(dead.device)]
+        vectors = vectors[taken[:num_revived].to(dead.device)]
         vectors, share = vectors.to(self.codebook.dtype), share.to(self.codebook.dtype)
         self.codebook[dead] = vectors
         self.cluster_size[dead] = share
