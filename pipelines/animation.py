@@ -70,7 +70,8 @@ def partial_images(tokenizer: Tokenizer, codes: Codes, arrived: Codes) -> Tensor
     check_geometry(tokenizer)
     # the same codes everywhere, so that what is missing looks the same everywhere; all of a small codebook
     generator = torch.Generator().manual_seed(0)
-    stand_ins = [torch.randperm(k, generator=generator)[:NUM_STAND_INS] for k in tokenizer.spec.vocab_sizes]
+    vocab_sizes = tokenizer.spec.vocab_sizes
+    stand_ins = [torch.randperm(k, generator=generator, device="cpu")[:NUM_STAND_INS] for k in vocab_sizes]
     num_stand_ins = max(map(len, stand_ins))
     total = None
     for i in range(num_stand_ins):

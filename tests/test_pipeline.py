@@ -920,6 +920,19 @@ def test_partial_codes_are_grey_where_none_has_arrived(tokenizer):
     assert torch.equal(partial_images(tokenizer, others, some), images)
 
 
+def test_partial_images_do_not_depend_on_the_default_device_of_new_tensors():
+    tokenizer = make_tokenizer("vqvae").eval()
+    codes = (torch.zeros(2, *tokenizer.spec.shapes[0], dtype=torch.int64),)
+    some = (torch.arange(2).bool()[:, None, None].expand_as(codes[0]),)
+    plain = partial_images(tokenizer, codes, some)
+    torch.set_default_device("meta")
+    try:
+        changed = partial_images(tokenizer, codes, some)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(plain, changed)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("num_frames", "kept"), [(2, 2), (4, 3), (64, 5)])
 def test_an_animation_begins_grey_and_ends_with_the_samples(channels, num_frames, kept, tmp_path):
