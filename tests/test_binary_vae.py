@@ -385,6 +385,17 @@ def test_the_vimco_signal_ignores_a_constant():
     torch.testing.assert_close(leave_one_out_signal(log_weights), leave_one_out_signal(log_weights + 123.0))
 
 
+def test_the_importance_weighted_loss_does_not_depend_on_the_default_device_of_new_tensors():
+    log_weights = torch.randn(8)
+    plain = importance_weighted(log_weights, 4)
+    torch.set_default_device("meta")
+    try:
+        changed = importance_weighted(log_weights, 4)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(plain, changed)
+
+
 def test_the_importance_weighted_loss_has_the_softmax_gradient():
     log_weights = torch.randn(12, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(importance_weighted(log_weights, 4).sum(), log_weights)

@@ -1,5 +1,6 @@
 """The class-conditional variational autoencoder."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ class CVAE(GaussianVAE):
         return self._beside(labels[:, 0], z)
 
     def log_prior(self, codes: Codes) -> Tensor:
-        return self.prior.log_prob(codes, codes[0][:, 0]) - torch.tensor(float(self.num_classes)).log()
+        return self.prior.log_prob(codes, codes[0][:, 0]) - math.log(self.num_classes)
 
     def _beside(self, labels: Tensor, z: Tensor) -> Tensor:
         return torch.cat([self._one_hot(labels), z.to(self.mean_image.dtype)], dim=1)

@@ -5,6 +5,7 @@ Networks, likelihood, evaluation, encoding and decoding are one and the same for
 Letters: k draws per image.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -343,7 +344,7 @@ def importance_weighted(log_weights: Tensor, num_draws: int) -> Tensor:
     Its value is the bound's too: the log mean of the weights is differentiated as it stands.
     """
     log_weights = log_weights.unflatten(0, (-1, num_draws))
-    return torch.log(torch.tensor(float(num_draws))) - log_weights.logsumexp(dim=1)
+    return math.log(num_draws) - log_weights.logsumexp(dim=1)
 
 
 def balanced_kl(local: dict[str, LocalGroup], kl_weight: float) -> Tensor | float:
