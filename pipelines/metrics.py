@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prior.base import Codes, CodeSpec
+from prior.float64 import in_float64
 
 
 class NotMeasurableError(ValueError):
@@ -26,14 +27,15 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 def codebook_usage(counts: Tensor) -> float:
     """The fraction of codes that occur, from counts (K,)."""
-    return (counts > 0).double().mean().item()
+    return in_float64(counts > 0).mean().item()
 
 
 def perplexity(counts: Tensor) -> float:
     """exp of the entropy of the codes' empirical distribution, from counts (K,): between 1 and K; nan without codes."""
     if counts.sum() == 0:
         return math.nan
-    probabilities = counts.double() / counts.sum()
+    counts = in_float64(counts)
+    probabilities = counts / counts.sum()
     return torch.special.entr(probabilities).sum().exp().item()
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from pipelines.batches import read_batch, to_device
 from pipelines.objectives import Objective
+from prior.float64 import in_float64
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def validate(accelerator: Accelerator, module: nn.Module, dataset: Dataset, batc
     def add(part: range, weight: int) -> None:
         batch = read_batch(dataset, part)
         for name, value in module(to_device(batch, accelerator.device)).items():
-            sums[name] = sums.get(name, 0) + weight * value.double().sum()
+            sums[name] = sums.get(name, 0) + weight * in_float64(value).sum()
 
     for _ in range(passes - len(parts)):  # sharded models need equally many passes on every process
         add(range(1), weight=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prior.base import silent
 from prior.boltzmann_samplers import BitDrawer, Boltzmann
+from prior.float64 import float64_device, in_float64
 
 # Sums over the states of a side are taken up to 2^16 of them
 LARGEST_SUM = 16
@@ -76,7 +77,7 @@ def exact_log_partition(parameters: Boltzmann) -> LogPartition:
     Raises:
         ValueError: both sides have more than 16 units.
     """
-    parameters = Boltzmann(*(p.detach().double() for p in parameters))
+    parameters = Boltzmann(*(in_float64(p.detach()) for p in parameters))
     num_units = min(parameters.weight.shape)
     if num_units > LARGEST_SUM:
         raise ValueError(
@@ -124,7 +125,7 @@ def estimated_log_partition(
     if len(parameters.left_bias) > len(parameters.right_bias):
         parameters, left, right = parameters.transposed(), right, left
     base_left, base_right = (_log_odds(side) for side in (left, right))
-    base_log_partition = (F.softplus(base_left.double()).sum() + F.softplus(base_right.double()).sum()).item()
+    base_log_partition = sum(F.softplus(in_float64(base)).sum().item() for base in (base_left, base_right))
     times = torch.linspace(0, 1, num_temperatures, dtype=torch.float64).tolist()
 
     start = torch.empty_like(left)
@@ -168,7 +169,7 @@ def annealed_log_weights(
     left, right = left.clone(), left.new_empty(len(left), len(right_bias))
     field, right_logits, left_logits = torch.empty_like(right), torch.empty_like(right), torch.empty_like(left)
     bits = BitDrawer(len(left), max(weight.shape), left, generator)
-    log_weights = torch.zeros(len(left), dtype=torch.float64, device=left.device)
+    log_weights = torch.zeros(len(left), dtype=torch.float64, device=float64_device(left.device))
     for done, (before, after) in enumerate(pairwise(times), start=1):
         # log p_after(left) - log p_before(left), with the right side summed out, before the chains move: their order
         # matters, for the weights to be unbiased
@@ -176,8 +177,8 @@ def annealed_log_weights(
         softplus_before = F.softplus(torch.add(base_right, field, alpha=before, out=right_logits))
         softplus_after = F.softplus(torch.add(base_right, field, alpha=after, out=right_logits))
         # subtracted unit by unit: sums of softplus are large, and float32
-        log_weights += softplus_after.sub_(softplus_before).sum(1)
-        log_weights += (after - before) * (left @ (left_bias - base_left))
+        log_weights += softplus_after.sub_(softplus_before).sum(1).to(log_weights.device)
+        log_weights += ((after - before) * (left @ (left_bias - base_left))).to(log_weights.device)
         # a block-Gibbs sweep, under which p_after stays as it is
         bits.draw_(right_logits, out=right)
         torch.addmm(torch.lerp(base_left, left_bias, after), right, weight.T, alpha=after, out=left_logits)

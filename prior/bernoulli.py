@@ -18,6 +18,7 @@ from prior.bits import (
     codes_to_bits,
     mask_to_bits,
 )
+from prior.float64 import in_float64
 from prior.sampling import NOT_NUMBERS
 
 
@@ -55,7 +56,7 @@ class Bernoulli(BitPrior):
 
     @torch.no_grad()
     def log_partition(self, callback: Callable[[int, int], None] = silent) -> LogPartition:
-        value = F.softplus(self.logits.double()).sum().item()
+        value = F.softplus(in_float64(self.logits)).sum().item()
         return LogPartition(value, value, 0.0, math.inf, exact=True)
 
     def log_prob(self, codes: Codes, labels: Tensor | None = None) -> Tensor:

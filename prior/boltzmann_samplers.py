@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prior.float64 import in_float64
+
 
 class Boltzmann(NamedTuple):
     """The parameters of p(left, right) = exp(left b1 + right b2 + left W right) / Z.
@@ -113,12 +115,13 @@ def reweight_population(
         left (R, n1) and right (R, n2) after resampling, and an estimate of log Z_new - log Z_old in nats. Sums of such
         estimates over many steps drift low: they are no log Z to report.
     """
-    log_weights = (old.energy(left, right) - new.energy(left, right)).double()
+    log_weights = in_float64(old.energy(left, right) - new.energy(left, right))
     # one offset for all: chain r is kept floor or ceil of its expected number of times
-    offset = torch.rand((), dtype=torch.float64, device=left.device, generator=generator)
+    dtype = torch.float64 if log_weights.device == left.device else torch.float32
+    offset = in_float64(torch.rand((), dtype=dtype, device=left.device, generator=generator))
     cumulative = log_weights.softmax(0).cumsum(0)
-    places = (torch.arange(len(left), device=left.device) + offset) / len(left) * cumulative[-1]
-    chosen = torch.searchsorted(cumulative, places, right=True).clamp(max=len(left) - 1)
+    places = (torch.arange(len(left), device=offset.device) + offset) / len(left) * cumulative[-1]
+    chosen = torch.searchsorted(cumulative, places, right=True).clamp(max=len(left) - 1).to(left.device)
     return left[chosen], right[chosen], log_weights.logsumexp(0) - math.log(len(left))
 
 

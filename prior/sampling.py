@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prior.float64 import in_float64
+
 NOT_NUMBERS = (
     "the logits of the codes overflowed or are not numbers: the weights are damaged, or too large for their type; "
     "in float16 take bfloat16 or float32, and a smaller guidance_scale where it is large"
@@ -220,7 +222,7 @@ def cumulative_sum(probabilities: Tensor) -> Tensor:
     """Along the last dimension; in fixed point where torch is asked for determinism, since GPUs have no other then."""
     if not torch.are_deterministic_algorithms_enabled():
         return probabilities.cumsum(-1)
-    return (probabilities.double() * 2**48).long().cumsum(-1).double().mul_(2**-48).to(probabilities.dtype)
+    return (in_float64(probabilities) * 2**48).long().cumsum(-1).double().mul_(2**-48).to(probabilities)
 
 
 def check_totals(totals: list[Tensor]) -> None:

@@ -11,6 +11,7 @@ from pipelines.evaluation.features import FeatureNetwork, batches
 from pipelines.evaluation.pretrained import SMALLEST_LPIPS_SIDE
 from pipelines.metrics import CodeCounts, NotMeasurableError, psnr
 from prior.base import Codes
+from prior.float64 import in_float64
 
 SSIM_WINDOW = 11
 SSIM_PIXELS = 2**18  # compared at a time: windows take 11 times their memory
@@ -114,9 +115,8 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
         raise NotMeasurableError(
             f"SSIM compares windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels, these images have a side of {side}"
         )
-    device = "cpu" if images.device.type == "mps" else images.device  # which has no float64
     few = max(1, SSIM_PIXELS // images[0].numel())
-    parts = zip(images.to(device, torch.float64).split(few), targets.to(device, torch.float64).split(few))
+    parts = zip(in_float64(images).split(few), in_float64(targets).split(few))
     return torch.cat([_similarity(x, y).flatten(1).mean(dim=1) for x, y in parts]).float()
 
 
