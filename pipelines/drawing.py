@@ -86,8 +86,21 @@ def encode_images(tokenizer, images: Tensor, *, batch_size: int) -> Codes:
 
 
 @torch.no_grad()
-def decode_codes(tokenizer, codes: Codes, generators: list[torch.Generator], *, batch_size: int) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] of codes, `batch_size` at a time."""
-    starts = range(0, len(codes[0]), batch_size)
-    parts = [slice(start, start + batch_size) for start in starts]
-    return torch.cat([tokenizer.decode(tuple(level[part] for level in codes), generators[part]) for part in parts])
+def decode_codes(
+    tokenizer,
+    codes: Codes,
+    generators: list[torch.Generator],
+    *,
+    batch_size: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] of codes, `batch_size` at a time.
+
+    Args:
+        device: where each batch goes, before the next is decoded; by default all stay where the tokenizer is.
+    """
+    images = []
+    for start in range(0, len(codes[0]), batch_size):
+        part = slice(start, start + batch_size)
+        images.append(tokenizer.decode(tuple(level[part] for level in codes), generators[part]).to(device))
+    return torch.cat(images)

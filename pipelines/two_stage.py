@@ -290,7 +290,9 @@ class Pipeline:
             log_prob = None if log_prob is None else log_prob.expand(len(generators))
         images = codes
         if output_type != "codes":
-            images = as_output_type(decode_codes(self.tokenizer, codes, generators, batch_size=batch_size), output_type)
+            # thousands of large images would not fit into a GPU's memory
+            images = decode_codes(self.tokenizer, codes, generators, batch_size=batch_size, device="cpu")
+            images = as_output_type(images, output_type)
         return SampleOutput(images, log_prob, self._classes(labels)) if return_log_prob else images
 
     __call__ = sample

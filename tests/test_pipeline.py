@@ -19,6 +19,7 @@ from pipelines import Pipeline
 from pipelines.animation import CodeRecording, partial_images, save_animation
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, save_model
 from pipelines.demo.actions import description, refusals
+from pipelines.drawing import decode_codes
 from pipelines.masks import code_masks, named_mask
 from pipelines.pictures import (
     check_picture,
@@ -918,6 +919,21 @@ def test_partial_codes_are_grey_where_none_has_arrived(tokenizer):
     # what has not arrived does not matter
     others = tuple((code + ~there) % k for code, there, k in zip(codes, some, tokenizer.spec.vocab_sizes))
     assert torch.equal(partial_images(tokenizer, others, some), images)
+
+
+def test_decoded_images_leave_for_another_device_batch_by_batch(monkeypatch):
+    tokenizer = make_tokenizer("vqvae").eval()
+    codes, devices, cat = (torch.zeros(5, *tokenizer.spec.shapes[0], dtype=torch.int64),), [], torch.cat
+
+    def watched(parts, *arguments, **options):
+        devices.append([part.device.type for part in parts])
+        return cat(parts, *arguments, **options)
+
+    monkeypatch.setattr(torch, "cat", watched)
+    images = decode_codes(tokenizer, codes, [torch.Generator()] * 5, batch_size=2, device="meta")
+    assert devices[-1] == ["meta"] * 3
+    assert images.shape == (5, *tokenizer.config.image_shape)
+    assert not decode_codes(tokenizer, codes, [torch.Generator()] * 5, batch_size=2).is_meta
 
 
 def test_partial_images_do_not_depend_on_the_default_device_of_new_tensors():
