@@ -82,7 +82,7 @@ def draw_codes(
 @torch.no_grad()
 def encode_images(tokenizer, images: Tensor, *, batch_size: int) -> Codes:
     """Codes of images (B, C, H, W) in [0, 1], `batch_size` at a time."""
-    return tuple(torch.cat(levels) for levels in zip(*map(tokenizer.encode, images.split(batch_size))))
+    return tuple(torch.cat(levels) for levels in zip(*map(tokenizer.encode, images.split(int(batch_size)))))
 
 
 @torch.no_grad()

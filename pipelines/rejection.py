@@ -74,7 +74,7 @@ def rejection_sample(
                 _scores(
                     pipeline.prior, score, classifier, part, None if own is None else own[start : start + len(part)]
                 )
-                for start, part in zip(range(0, len(images), batch_size), images.split(batch_size))
+                for start, part in zip(range(0, len(images), batch_size), images.split(int(batch_size)))
             ]
         return images.cpu(), own, torch.cat(scores)
 
@@ -95,7 +95,7 @@ def _until_threshold(draw, generators, bar, threshold: float, max_draws: int, ba
     while waiting and used < max_draws:
         # few that wait fill a batch with several draws each, ever more of them; those after the first that is accepted
         # do not count
-        each = min(max(1, batch_size // len(waiting)), used + 1, max_draws - used)
+        each = int(min(max(1, batch_size // len(waiting)), used + 1, max_draws - used))
         owners = [i for i in waiting for _ in range(each)]
         drawn, conditions, values = draw(owners, [g for i in waiting for g in one_generator_each(each, generators[i])])
         still = []

@@ -309,7 +309,7 @@ def test_no_more_than_a_batch_is_encoded_at_a_time():
     pipeline, images, sizes = make(), random_images(5, 3, 8, 8), []
     pipeline.tokenizer.to_quantizer.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     pipeline.complete(images, TOP_HALF, batch_size=2)
-    pipeline.outpaint(images, (8, 12), batch_size=2)
+    pipeline.outpaint(images, (8, 12), batch_size=np.int64(2))
     assert sizes == [2, 2, 1] * 2
 
 

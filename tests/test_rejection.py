@@ -70,7 +70,7 @@ def test_an_accepted_image_depends_on_its_own_generator_alone(num_classes):
     threshold = brightness(pipeline.sample(64, generator=seed(), output_type="pt")).quantile(0.7).item()
     options = {"score": brightness, "threshold": threshold, "max_draws": 500, "output_type": "pt"}
     together = pipeline.rejection_sample(5, generator=seeds(*range(5)), **options)
-    for batch_size in (1, 3):
+    for batch_size in (1, np.int64(3)):
         other = pipeline.rejection_sample(5, generator=seeds(*range(5)), batch_size=batch_size, **options)
         torch.testing.assert_close(other.scores, together.scores)
         assert num_classes == 0 or other.class_labels.equal(together.class_labels)
