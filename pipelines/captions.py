@@ -18,7 +18,8 @@ def read_captions(folder: Path, images: list[str]) -> list[str] | None:
     Returns:
         None if there is no metadata, or none of it has a field "text".
     Raises:
-        ValueError: an image without a caption or with two, a file that cannot be read, or both kinds of file.
+        ValueError: an image without a caption or with two, a caption that UTF-8 cannot hold, a file that cannot be
+            read, or both kinds of file.
     """
     path, rows = _metadata(folder)
     if not _hold_captions(rows):
@@ -28,6 +29,10 @@ def read_captions(folder: Path, images: list[str]) -> list[str] | None:
         name, text = row.get("file_name"), row.get("text")
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             raise ValueError(f"{path}, line {line}: 'file_name' and 'text' must be strings with something in them")
+        try:
+            text.encode()  # JSON can escape half of a surrogate pair, which stage two could not make tokens of
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}, line {line}: 'text' must be what UTF-8 can hold, got {text!r}") from error
         name = Path(name).as_posix()
         if name in captions:
             raise ValueError(f"{path}, line {line}: {name} has a caption already; an image has one")

@@ -84,6 +84,7 @@ def test_no_metadata_or_none_with_text_means_no_captions(tmp_path):
         ([*ROWS[:3], {"file_name": "d.png", "text": 7}], "line 4: 'file_name' and 'text' must be strings"),
         ([*ROWS[:3], {"file_name": "d.png", "text": " "}], "line 4"),
         ([*ROWS[:3], {"file_name": "d.png"}], "line 4"),
+        ([*ROWS[:3], {"file_name": "d.png", "text": "a \ud83d"}], r"line 4: 'text' must be what UTF-8 can hold, got"),
     ],
 )
 def test_captions_that_are_not_one_to_each_image_are_refused_by_name(rows, message, tmp_path):
