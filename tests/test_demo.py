@@ -86,6 +86,12 @@ def test_a_port_that_is_taken_is_refused():
         check_port("nowhere.invalid", 7860)
 
 
+@pytest.mark.parametrize("host", ["nowhere.invalid", "192.0.2.1", ""])
+def test_a_host_that_is_not_this_machine_is_refused_without_a_port_too(host):
+    with pytest.raises(ValueError, match=rf"host '{host}' cannot be listened at \(.+\); give an address of this"):
+        check_port(host, None)
+
+
 # Uploads
 # ------------------------------------------------------------------------------------------------
 

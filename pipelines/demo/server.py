@@ -59,16 +59,18 @@ def refuse_outgoing_connections() -> None:
 
 
 def check_port(host: str, port: int | None) -> None:
-    """Raises ValueError for a port that is none or cannot be listened at."""
-    if port is None:
-        return
-    if not 1 <= port <= 65535:
+    """Raises ValueError for a port that is none, or a host or port that cannot be listened at."""
+    if port is not None and not 1 <= port <= 65535:
         raise ValueError(f"port must lie in [1, 65535], got {port}")
     try:
         address = host.strip("[]")
-        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server((address, port), family=family).close()
+        family = socket.getaddrinfo(address, port or 0, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((address, port or 0), family=family).close()
     except OSError as error:
+        if port is None:  # Gradio would try a hundred ports, some seconds each, and say that none is free
+            raise ValueError(
+                f"host '{host}' cannot be listened at ({error.strerror}); give an address of this machine"
+            ) from error
         raise ValueError(
             f"port {port} of {host} cannot be listened at ({error.strerror}); give another --port, or none to take the "
             "first free one from 7860 on"
