@@ -191,7 +191,7 @@ def named_mask(mask: str | Sequence[int], tokenizer: Tokenizer) -> Tensor | Imag
     """
     height, width = tokenizer.config.image_shape[1:]
     if isinstance(mask, str) and mask not in HALVES:
-        if not Path(mask).exists():
+        if not Path(mask).is_file():
             raise ValueError(f"there is no file '{mask}'; a mask is one of {', '.join(HALVES)}, a box, or an image")
         return open_image(mask)
     halves = {

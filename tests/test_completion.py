@@ -228,8 +228,9 @@ def test_wrong_masks_are_refused(mask, message):
 def test_boxes_outside_of_the_image_are_refused(box):
     with pytest.raises(ValueError, match="within the 8 x 8 pixels, got"):
         named_mask(box, make_tokenizer())
-    with pytest.raises(ValueError, match="no file 'middle'; a mask is one of top, bottom, left, right, a box, or an"):
-        named_mask("middle", make_tokenizer())
+    for name in ("middle", "", "."):
+        with pytest.raises(ValueError, match=f"no file '{name}'; a mask is one of top, bottom, left, right, a box, or"):
+            named_mask(name, make_tokenizer())
 
 
 def test_what_fills_a_mask_comes_from_around_it_alone():
