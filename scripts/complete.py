@@ -110,7 +110,7 @@ def main() -> Outcome:
     if config["interpolate"] is not None and len(paths) < 2:
         raise ValueError("interpolation needs at least two images")
     pictures = [open_image(path) for path in paths]
-    run = config["run"] or find_run(None, INDEX_NAME)
+    run = find_run(None, INDEX_NAME) if config["run"] is None else config["run"]
     pipeline = load_pipeline(run, choose_device(config["device"]))
     pipeline.set_progress_bar_config(disable=None)  # in a terminal only
     options = {name: config[name] for name in (*SAMPLING, *CONDITIONS)}

@@ -49,7 +49,7 @@ def main() -> None:
 
     limits = Limits(**{name: config[name] for name in Limits.__dataclass_fields__})
     device = choose_device(config["device"])
-    run = config["run"] or find_run(None, INDEX_NAME)
+    run = find_run(None, INDEX_NAME) if config["run"] is None else config["run"]
     import_gradio()
     check_port(config["host"], config["port"])
     pipeline = load_pipeline(run, device)

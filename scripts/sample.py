@@ -90,10 +90,13 @@ def main() -> Outcome | None:
     check_seed(config["seed"])
     if config["num_images"] is not None and config["num_images"] < 1:
         raise ValueError(f"num_images must be at least 1, got {config['num_images']}")
+    for name in ("class_labels", "prompts"):
+        if config[name] == []:
+            raise ValueError(f"{name} must hold at least one, got none")
     if config["animation"] is not None:
         check_picture(Path(config["animation"]), suffix=".gif")
     shards = Shards(config["device"])
-    run = config["run"] or find_run(None, INDEX_NAME)
+    run = find_run(None, INDEX_NAME) if config["run"] is None else config["run"]
     pipeline = load_pipeline(run, shards.device)
     pipeline.set_progress_bar_config(disable=None if shards.is_first else True)  # in a terminal only
 
