@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pipelines.animation import CodeRecording, save_animation
 from pipelines.config import parse, peek
+from pipelines.masks import check_geometry
 from pipelines.pictures import check_picture, class_columns, save_grid
 from pipelines.pipeline_index import INDEX_NAME
 from pipelines.runs import find_run, load_pipeline
@@ -119,6 +120,8 @@ def main() -> Outcome | None:
         raise ValueError(f"got {len(listed)} labels or prompts for {what}; give one per {each}, or one for all")
     if config["animation"] is not None and (shards.num_processes > 1 or num_images > config["batch_size"]):
         raise ValueError("an animation shows one batch of one process; raise batch_size or lower num_images")
+    if config["animation"] is not None:
+        check_geometry(pipeline.tokenizer)  # before anything is drawn
     recording = None if config["animation"] is None else CodeRecording(pipeline.prior.spec)
 
     share = shards.share(num_draws)

@@ -185,6 +185,14 @@ def test_a_row_of_samples_is_one_thing_in_several_poses(tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_an_animation_of_codes_without_a_place_is_refused_before_anything_is_drawn(tmp_path):
+    make_pipeline("dvaepp", "gpt").save_pretrained(tmp_path / "run")
+    done = run(tmp_path, "sample", "--run", "run", "--animation", "x.gif")
+    assert done.returncode == 1
+    assert "have no place in it" in done.stderr
+    assert not (tmp_path / "samples.png").exists()
+
+
 def test_a_class_whose_name_is_a_number_is_meant_by_it(tmp_path):
     torch.manual_seed(0)
     pipeline = make_pipeline("vqvae", "gpt", 3)
