@@ -67,7 +67,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 def _temporary_name(final: Path) -> Path:
-    return final.parent / f".tmp-{final.name}@{socket.gethostname()}@{os.getpid()}@{secrets.token_hex(4)}"
+    # the start of the name: a whole long one would leave no room for the rest
+    return final.parent / f".tmp-{final.name[:40]}@{socket.gethostname()}@{os.getpid()}@{secrets.token_hex(4)}"
 
 
 def is_stale(temporary: Path) -> bool:

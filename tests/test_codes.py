@@ -638,6 +638,16 @@ def test_replacement_killed_between_its_renames_is_undone(tmp_path):
     files.check_manifest(tmp_path / "f")
 
 
+@pytest.mark.parametrize("name", ["a" * 250, "瓦" * 83])
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path, name):
+    files.write_json_atomic(tmp_path / name, {})
+    for text in ("old", "new"):
+        with files.atomic_folder(tmp_path / "folders" / name, overwrite=True) as folder:
+            fill(folder, text)
+    assert (tmp_path / "folders" / name / "a").read_text() == "new"
+    assert [p.name for p in tmp_path.glob("**/.*")] == []
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "unlink"])
 def test_manifest_names_the_damaged_file(tmp_path, damage):
     with files.atomic_folder(tmp_path / "f") as folder:
