@@ -27,18 +27,24 @@ class LossWindow:
         self.num_micro_batches = 0
         self.started = time.monotonic()
 
-    def state(self) -> dict[str, tuple[str, int]]:
-        """{name: (sum, number of values)} since the last log line, with the mean over processes of the sums.
+    def state(self) -> dict[str, tuple[list[str], int]]:
+        """{name: (each process's sum, number of values)} since the last log line.
 
         As text, since JSON has no infinite numbers, which gradients are where fp16 leaves out a step.
         """
-        means = {name: self.accelerator.reduce(total, "mean").item() for name, total in self.sums.items()}
-        return {name: (str(mean), self.counts[name]) for name, mean in means.items()}
+        sums = {name: self.accelerator.gather(total[None]).tolist() for name, total in self.sums.items()}
+        return {name: (list(map(str, totals)), self.counts[name]) for name, totals in sums.items()}
 
-    def load_state(self, state: dict[str, tuple[str, int]]) -> None:
-        device = self.accelerator.device
-        self.sums = {name: torch.tensor(float(total), device=device) for name, (total, _) in state.items()}
+    def load_state(self, state: dict[str, tuple[list[str] | str, int]]) -> None:
+        self.sums = {name: self._own(totals) for name, (totals, _) in state.items()}
         self.counts = {name: count for name, (_, count) in state.items()}
+
+    def _own(self, totals: list[str] | str) -> Tensor:
+        """This process's sum; the mean where the state is of another number of processes, or of an earlier version."""
+        sums = [float(total) for total in ([totals] if isinstance(totals, str) else totals)]
+        if len(sums) == self.accelerator.num_processes:
+            return torch.tensor(sums[self.accelerator.process_index], device=self.accelerator.device)
+        return torch.tensor(sum(sums) / len(sums), device=self.accelerator.device)
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.num_micro_batches += 1

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from pipelines.launch import exit_process, make_accelerator
 from pipelines.training import NonFiniteLossError, Update, adamw, fit
-from tests.test_training import CONFIG, make
+from tests.test_training import CONFIG, interrupt_at, make
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", type=Path)
@@ -21,10 +21,11 @@ parser.add_argument("--total_steps", type=int, default=6)
 parser.add_argument("--allow", action="store_true")
 parser.add_argument("--fail_on", type=int)
 parser.add_argument("--poison_on", type=int)
+parser.add_argument("--stop_at", type=int)
 arguments = parser.parse_args()
 
 config = replace(CONFIG, total_steps=arguments.total_steps, allow_process_count_change=arguments.allow,
-                 lr_schedule="constant_with_warmup")  # fmt: skip
+                 lr_schedule="constant_with_warmup", log_every=4)  # fmt: skip
 for model in arguments.models:
     folder = arguments.folder / model
     accelerator = make_accelerator(config, folder)
@@ -37,7 +38,10 @@ for model in arguments.models:
         }
     update = Update("model", objective, adamw(objective, config))
     try:
-        fit(accelerator, [update], train_data, validation_data, folder=folder, config=config, resolved={"model": model})
+        fit(
+            accelerator, [update], train_data, validation_data, folder=folder, config=config, resolved={"model": model},
+            on_evaluate=interrupt_at(arguments.stop_at),
+        )  # fmt: skip
     except NonFiniteLossError:
         traceback.print_exc()
         accelerator.wait_for_everyone()  # as one ends the launcher ends the others, which may not have printed yet

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.test_training import read_log
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ROOT = WORKER.parents[1]
 MODELS = ["vqvae-ema_vq", "vqvae2", "gpt"]
@@ -70,6 +72,16 @@ def test_two_processes_equal_one_with_the_same_global_batch(runs, model):
     for name in one:
         # sums in another order; Adam divides by small second moments
         torch.testing.assert_close(one[name], two[name], atol=5e-5, rtol=1e-3, msg=name)
+
+
+def test_the_log_of_two_processes_that_were_stopped_is_that_of_the_uninterrupted_ones(runs, tmp_path):
+    done = run_worker(tmp_path, 2, "vqvae2", "--stop_at", "3")  # between two lines of the log
+    assert "stopped by signal 15 at step 3" in done.stdout, done.stderr[-3000:]
+    done = run_worker(tmp_path, 2, "vqvae2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = [read_log(folder / "vqvae2") for folder in (tmp_path, runs / "2")]
+    values = [[(line["step"], k, v) for line in log for k, v in line.items() if "per_second" not in k] for log in logs]
+    assert values[0] == values[1]
 
 
 def test_another_number_of_processes_is_refused_unless_allowed(runs):
