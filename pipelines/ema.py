@@ -3,7 +3,8 @@
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class EMA:
@@ -15,17 +16,21 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.average = [p.clone() for p in self._values()]
+
+    def _values(self) -> list[Tensor]:
+        """What the parameters hold; of those that FSDP 2 shards this process's part, since few operations take all."""
+        return [p.to_local() if isinstance(p, DTensor) else p for p in (p.detach() for p in self.parameters)]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(self.average, self._values(), 1 - decay)
 
     @torch.no_grad()
     def adopt_current(self) -> None:
         """Makes the module's present parameters the average (after they were loaded into it)."""
-        torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
+        torch._foreach_copy_(self.average, self._values())
 
     @contextmanager
     def applied(self):
@@ -33,7 +38,7 @@ class EMA:
         if self.decay == 0:
             yield
             return
-        parameters = [p.detach() for p in self.parameters]
+        parameters = self._values()
         kept = [p.clone() for p in parameters]
         torch._foreach_copy_(parameters, self.average)
         try:

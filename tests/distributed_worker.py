@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from pipelines.launch import exit_process, make_accelerator
 from pipelines.training import NonFiniteLossError, Update, adamw, fit
@@ -22,6 +24,7 @@ parser.add_argument("--allow", action="store_true")
 parser.add_argument("--fail_on", type=int)
 parser.add_argument("--poison_on", type=int)
 parser.add_argument("--stop_at", type=int)
+parser.add_argument("--shard", action="store_true")
 arguments = parser.parse_args()
 
 config = replace(CONFIG, total_steps=arguments.total_steps, allow_process_count_change=arguments.allow,
@@ -36,6 +39,9 @@ for model in arguments.models:
         objective.forward = lambda batch, step=None, f=objective.forward: {
             k: v / (step != 3) for k, v in f(batch, step).items()
         }
+    if arguments.shard:  # as accelerate does with FSDP 2, which it leaves out where there is no GPU
+        fully_shard(objective, mesh=init_device_mesh("cpu", (accelerator.num_processes,)))
+        accelerator.prepare = lambda module, optimizer, of=accelerator.prepare_optimizer: (module, of(optimizer))
     update = Update("model", objective, adamw(objective, config))
     try:
         fit(
@@ -47,7 +53,8 @@ for model in arguments.models:
         accelerator.wait_for_everyone()  # as one ends the launcher ends the others, which may not have printed yet
         sys.exit(1)
     tensors = {
-        name: value.clone(memory_format=torch.contiguous_format) for name, value in objective.state_dict().items()
+        name: (value.full_tensor() if arguments.shard else value).clone(memory_format=torch.contiguous_format)
+        for name, value in objective.state_dict().items()
     }
     save_file(tensors, arguments.folder / f"{model}-process{accelerator.process_index}.safetensors")
 exit_process()

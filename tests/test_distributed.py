@@ -84,6 +84,15 @@ def test_the_log_of_two_processes_that_were_stopped_is_that_of_the_uninterrupted
     assert values[0] == values[1]
 
 
+def test_a_sharded_prior_is_trained_and_continued_like_a_whole_one(runs, tmp_path):
+    for steps in ("3", "6"):  # the second call continues the first
+        done = run_worker(tmp_path, 2, "gpt", "--shard", "--total_steps", steps)
+        assert done.returncode == 0, done.stderr[-3000:]
+    sharded, whole = (load_file(folder / "gpt-process0.safetensors") for folder in (tmp_path, runs / "2"))
+    for name in whole:  # sums in another order, as above
+        torch.testing.assert_close(sharded[name], whole[name], atol=5e-5, rtol=1e-3, msg=name)
+
+
 def test_another_number_of_processes_is_refused_unless_allowed(runs):
     done = run_worker(runs / "2", 1, "gpt", "--total_steps", "8")
     assert done.returncode != 0
