@@ -146,8 +146,8 @@ def fit(
             not where the run has more steps than are asked for, so that nothing is trained.
         on_evaluate: called as on_evaluate(step, model) on the main process at every evaluation, for pictures.
     Raises:
-        ValueError: the folder belongs to another configuration, or had states that are damaged or gone; or the batch
-            does not divide.
+        ValueError: the folder belongs to another configuration, had states that are damaged or gone, or is not the same
+            for all processes; or the batch does not divide.
         NonFiniteLossError: a loss, a gradient or the validation metric is not finite.
         MemoryError: a step does not fit into memory.
         SystemExit: 128 + signal number, once the state is saved, after SIGTERM or SIGINT.
@@ -175,6 +175,7 @@ class _Run:
         self.skipped_steps = dict.fromkeys((update.name for update in updates), 0)
         self.loader: Iterator[dict] = iter(())
         self.state = newest_state(folder / "state")
+        self._check_all_see_it()
         if self.state is None and (has_states(folder / "state") or self._had_states()):
             what = "damaged" if has_states(folder / "state") else "gone"
             raise ValueError(
@@ -516,6 +517,17 @@ class _Run:
             "mixed precision": self.accelerator.mixed_precision,
             **{name: part.contents for name, part in data.items() if hasattr(part, "contents")},
         }
+
+    def _check_all_see_it(self) -> None:
+        """Raises ValueError where processes would go on from different states, since they do not share the folder."""
+        step = -1 if self.state is None else int(self.state.name.removeprefix("step-"))
+        steps = self.accelerator.gather(torch.tensor([step], device=self.accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            seen = ", ".join("none" if step < 0 else f"step {step}" for step in steps)
+            raise ValueError(
+                f"the processes see different states in {self.folder / 'state'} ({seen}); the folder must be on a disk "
+                "that they share"
+            )
 
     def _had_states(self) -> bool:
         """Whether a run that has no state left was evaluated after it must have saved one, or at its end.

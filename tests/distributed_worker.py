@@ -23,6 +23,7 @@ parser.add_argument("--total_steps", type=int, default=6)
 parser.add_argument("--allow", action="store_true")
 parser.add_argument("--fail_on", type=int)
 parser.add_argument("--poison_on", type=int)
+parser.add_argument("--elsewhere_on", type=int)
 parser.add_argument("--stop_at", type=int)
 parser.add_argument("--shard", action="store_true")
 arguments = parser.parse_args()
@@ -34,6 +35,8 @@ for model in arguments.models:
     accelerator = make_accelerator(config, folder)
     if PartialState().process_index == arguments.fail_on:
         raise RuntimeError("asked to fail")
+    if accelerator.process_index == arguments.elsewhere_on:
+        folder = folder / "elsewhere"
     objective, train_data, validation_data = make(model, config, noise=False)
     if accelerator.process_index == arguments.poison_on:
         objective.forward = lambda batch, step=None, f=objective.forward: {

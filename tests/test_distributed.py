@@ -101,6 +101,13 @@ def test_another_number_of_processes_is_refused_unless_allowed(runs):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_processes_that_see_different_states_are_refused(runs):
+    done = run_worker(runs / "2", 2, "vqvae2", "--total_steps", "8", "--elsewhere_on", "1")
+    assert done.returncode != 0
+    assert "the processes see different states" in done.stderr
+    assert "(step 6, none); the folder must be on a disk that they share" in done.stderr
+
+
 def test_a_loss_that_is_not_finite_on_one_process_stops_both_before_the_update(tmp_path):
     done = run_worker(tmp_path, 2, "gpt", "--poison_on", "1")
     assert done.returncode != 0
