@@ -217,6 +217,7 @@ def _on_main_process(function: Callable[[], Any], accelerator: Accelerator | Non
 def _prepare(folder: Path, plan: Plan, overwrite: bool) -> list[int] | None:
     """The parts that are yet to be written; None if the store is finished."""
     if (folder / SPEC).exists() and _is_finished(folder, plan, overwrite):
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # of a dump that was killed after its last file
         return None
     remove_stale(folder)
     parts = folder / PARTS

@@ -184,9 +184,24 @@ class Interrupted(PatchTokenizer):
         return super().encode(images)
 
 
+def interrupt_now():
+    raise KeyboardInterrupt
+
+
 def interrupt(folder, **options):
     with pytest.raises(KeyboardInterrupt):
         dump(folder, tokenizer=Interrupted(), **options)
+
+
+def test_parts_that_a_kill_left_beside_the_finished_store_are_removed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda folder: interrupt_now())
+        with pytest.raises(KeyboardInterrupt):
+            dump(tmp_path)
+    assert (tmp_path / "spec.json").is_file()
+    assert (tmp_path / ".parts" / "part-000003").is_file()
+    dump(tmp_path)
+    assert not (tmp_path / ".parts").exists()
 
 
 def test_damaged_part_is_redone(tmp_path):
