@@ -520,7 +520,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], i
         write_json_atomic(temporary / "state.json", {"step": step, **info})
     # Later ones are damaged, or training would have continued from them; they must not count as kept
     for old in [state for state in _states(folder) if _step(state) < step][1:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # one that is open on NFS is removed at a later save
     return final
 
 

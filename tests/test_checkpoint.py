@@ -1,5 +1,6 @@
 """Models and training states on disk: equal after a round trip, refused with the reason when anything is wrong."""
 
+import errno
 import json
 import os
 import pickle
@@ -530,6 +531,19 @@ def test_a_damaged_newest_state_is_named_and_passed_over(tmp_path, name):
     (tmp_path / "step-00000010" / name).unlink()
     with pytest.warns(UserWarning, match=f"{name} is missing"):
         assert newest_state(tmp_path).name == "step-00000005"
+
+
+def test_an_old_state_that_cannot_be_removed_stops_no_training(tmp_path, monkeypatch):
+    def busy(*args, **kwargs):  # as on NFS, where a file that another process has open stays under another name
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        for step in (10, 20, 30):
+            save_state(tmp_path, step, tensors(), {})
+    assert newest_state(tmp_path).name == "step-00000030"
+    save_state(tmp_path, 40, tensors(), {})
+    assert steps(tmp_path) == ["step-00000030", "step-00000040"]
 
 
 def test_damaged_later_states_never_displace_a_good_one(tmp_path):
