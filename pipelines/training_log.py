@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -64,8 +65,7 @@ class LossWindow:
 
 def last_evaluation(path: Path) -> int:
     """The last step of which a log has validation metrics; 0 without one."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    entries = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    entries = [entry for _, entry in _entries(path)]
     return max((entry["step"] for entry in entries if any(key.startswith("validation/") for key in entry)), default=0)
 
 
@@ -73,10 +73,18 @@ def drop_log_after(path: Path, step: int) -> None:
     """Removes lines that a continued run will write again."""
     if path.exists():
         with atomic_file(path) as file:
-            for line in path.read_bytes().splitlines(keepends=True):
-                # A line that a killed run or a full disk cut off has no end
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    file.write(line)
+            file.writelines(line for line, entry in _entries(path) if entry["step"] <= step)
+
+
+def _entries(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """The lines of a log, as they stand and what they say; raises ValueError for one that is damaged."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith(b"\n"):  # a line that a killed run or a full disk cut off has no end
+            continue
+        try:
+            yield line, json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path} has a damaged line ({line[:40]!r}); remove the line or the file") from error
 
 
 def brief(values: dict[str, float]) -> str:

@@ -340,6 +340,17 @@ def test_a_log_line_cut_off_by_a_kill_is_dropped(tmp_path):
     assert read_log(tmp_path)[-1]["step"] == 8
 
 
+def test_a_damaged_log_is_named(tmp_path):
+    train("gpt", tmp_path, replace(CONFIG, lr_schedule="constant_with_warmup"))
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(damaged := b"\0\0\0\n" + log.read_bytes())
+    with pytest.raises(ValueError, match=r"log\.jsonl has a damaged line"):
+        train("gpt", tmp_path, replace(CONFIG, lr_schedule="constant_with_warmup", total_steps=8))
+    assert log.read_bytes() == damaged
+    log.unlink()
+    assert train("gpt", tmp_path, replace(CONFIG, lr_schedule="constant_with_warmup", total_steps=8)).steps_run == 2
+
+
 def test_a_run_killed_after_the_end_of_an_epoch_logs_it_once(tmp_path):
     num_images = len(make("vqvae-vq")[1])
     config = replace(CONFIG, batch_size=num_images // 2, total_steps=3, eval_every=100)  # saved at the end of an epoch
