@@ -4,7 +4,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 class EMA:
@@ -20,7 +19,8 @@ class EMA:
 
     def _values(self) -> list[Tensor]:
         """What the parameters hold; of those that FSDP 2 shards this process's part, since few operations take all."""
-        return [p.to_local() if isinstance(p, DTensor) else p for p in (p.detach() for p in self.parameters)]
+        values = [p.detach() for p in self.parameters]
+        return [value.to_local() if hasattr(value, "to_local") else value for value in values]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

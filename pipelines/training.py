@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -355,7 +354,7 @@ class _Run:
                 self.step_losses[update.name].append({name: loss.detach() for name, loss in losses.items()})
                 if accelerator.sync_gradients:
                     norm = self._clip(update)
-                    if isinstance(norm, DTensor):  # of FSDP 2: each process's part
+                    if hasattr(norm, "full_tensor"):  # of FSDP 2: each process's part
                         norm = norm.full_tensor()
                     self._check_finite(step, norm, update.name)
                     logged[f"{prefix}grad_norm"] = norm.detach()
