@@ -22,6 +22,8 @@ from filelock import FileLock, Timeout
 
 MANIFEST = "manifest.json"
 OS_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave in every folder that is looked at
+# Of file systems that cannot: some of FUSE's, such as mounted cloud drives, and some servers'
+NO_FSYNC_OF_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF}
 FOREIGN_STALE_SECONDS = 24 * 3600  # whether a process of another machine lives cannot be asked; no save takes a day
 
 _in_progress: set[Path] = set()  # temporary names of this process, so that a recycled process id is recognised
@@ -46,10 +48,13 @@ def _existing_parent(path: Path) -> Path:
 
 
 def fsync_dir(folder: str | Path) -> None:
-    """Makes the names in a folder (a rename, a new file) survive a loss of power."""
+    """Makes the names in a folder (a rename, a new file) survive a loss of power, where the file system can."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC_OF_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
 

@@ -1,5 +1,6 @@
 """The code store: whole or not there, the same bytes whatever happened while it was written."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -8,10 +9,12 @@ import pickle
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -651,6 +654,24 @@ def test_replacement_killed_between_its_renames_is_undone(tmp_path):
     with pytest.raises(ValueError, match="exists already"), files.atomic_folder(tmp_path / "f"):
         pass
     files.check_manifest(tmp_path / "f")
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_folders_of_file_systems_that_cannot_make_names_durable_are_written_all_the_same(
+    tmp_path, monkeypatch, number, passes
+):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with nullcontext() if passes else pytest.raises(OSError, match="Input/output error"):
+        with files.atomic_folder(tmp_path / "f") as folder:
+            fill(folder)
+        files.check_manifest(tmp_path / "f")
 
 
 @pytest.mark.parametrize("name", ["a" * 250, "瓦" * 83])
