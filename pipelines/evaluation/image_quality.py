@@ -66,7 +66,7 @@ def class_agreement(
     for pose in range(2):
         noise = torch.Generator().manual_seed(derived_seed(seed, "pose", pose))
         generators = one_generator_each(num_pairs, noise)
-        images = decode_codes(pipeline.tokenizer, codes, generators, batch_size=batch_size)
+        images = decode_codes(pipeline.tokenizer, codes, generators, batch_size=batch_size, device="cpu")
         classes.append(extract(classifier, images.split(batch_size))[1].argmax(dim=1))
     same = (classes[0] == classes[1]).sum().item()
     num_classes = 1 + max(labels.max().item() for labels in classes)
