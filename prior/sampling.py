@@ -271,7 +271,7 @@ class ImageNoise:
 
     def uniform(self, *shape: int) -> Tensor:
         """(B, *shape) numbers in [0, 1), row i from the generator of image i."""
-        return self._draw(torch.rand, shape)
+        return self._draw(Tensor.uniform_, shape)
 
     def integers(self, *shape: int) -> Tensor:
         """(B, *shape) whole numbers from 0 to 2^62 - 1, row i from the generator of image i."""
@@ -279,11 +279,17 @@ class ImageNoise:
 
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) standard normal numbers, row i from the generator of image i."""
-        return self._draw(torch.randn, shape)
+        return self._draw(Tensor.normal_, shape)
 
-    def _draw(self, distribution, shape: tuple[int, ...]) -> Tensor:
-        generators = self.generators
-        return self._stack(distribution(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators)
+    def _draw(self, fill: Callable, shape: tuple[int, ...]) -> Tensor:
+        if len({generator.device for generator in self.generators}) > 1:
+            empty = (torch.empty(shape, device=g.device, dtype=torch.float32) for g in self.generators)
+            return self._stack(fill(row, generator=g) for row, g in zip(empty, self.generators))
+        device = self.generators[0].device
+        drawn = torch.empty(len(self.generators), *shape, device=device, dtype=torch.float32)
+        for row, generator in zip(drawn, self.generators):  # a tensor for each takes longer than its numbers
+            fill(row, generator=generator)
+        return drawn.to(self.device)
 
     def _stack(self, draws: Iterable[Tensor]) -> Tensor:
         draws = list(draws)
