@@ -436,6 +436,18 @@ def test_a_pipeline_draws_images_of_a_class(tmp_path):
     assert drawn.unique().tolist() == [0, 1, 2]
 
 
+def test_the_prior_of_a_class_does_not_depend_on_the_default_device_of_new_tensors():
+    model = make("cvae").eval()
+    codes = model.encode(torch.rand(2, *model.config.image_shape))
+    plain = model.log_prior(codes)
+    torch.set_default_device("meta")
+    try:
+        changed = model.log_prior(codes)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(plain, changed)
+
+
 def test_a_conditional_tokenizer_loads_with_its_classes(tmp_path):
     tokenizer = make("cvae").eval()
     save_model(tokenizer, tmp_path / "model")
