@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from pipelines.batches import read_batch
 from pipelines.files import atomic_file
+from pipelines.labels import label_ids
 from pipelines.scripting import check_writable
 from prior.base import Prior, evaluating
 from tokenizer.base import Tokenizer
@@ -91,7 +92,7 @@ def class_columns(pipeline, class_labels=None, rows: int = 8) -> tuple[list[int]
         raise ValueError(f"a grid of classes needs at least 1 image of each, got {rows}")
     if class_labels is None:
         class_labels = list(range(pipeline.prior.num_classes))
-    labels = pipeline.label_ids(class_labels if isinstance(class_labels, list) else [class_labels])
+    labels = label_ids(class_labels if isinstance(class_labels, list) else [class_labels], pipeline.class_names)
     known = len(pipeline.class_names)
     return labels * rows, [pipeline.class_names[label] if 0 <= label < known else str(label) for label in labels]
 

@@ -2,10 +2,10 @@
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import fields, replace
-from numbers import Integral, Number
+from numbers import Integral
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,8 +27,9 @@ from pipelines.checkpoint import (
     uncompiled,
 )
 from pipelines.completion import Completions, Ranking, candidate_generators, check_candidates, check_weighable, complete
-from pipelines.drawing import Generators, decode_codes, draw_codes, draw_labels, one_generator_each
+from pipelines.drawing import Generators, decode_codes, draw_codes, one_generator_each
 from pipelines.files import atomic_file, write_json_atomic
+from pipelines.labels import as_list, requested_labels
 from pipelines.masks import as_mask, check_geometry, check_mask_sizes, hide
 from pipelines.outpainting import check_canvas, outpaint
 from pipelines.outputs import as_output_type, check_output_type
@@ -44,7 +45,7 @@ from pipelines.pipeline_index import (
 from pipelines.preprocessing import preprocess_image
 from pipelines.rejection import Accepted, Score, rejection_sample
 from pipelines.text import TextTokenizer
-from prior.base import PADDING, Codes, Prior, evaluating
+from prior.base import Codes, Prior, evaluating
 from prior.sampling import GuidanceSchedule, SamplingOptions
 from tokenizer.base import Tokenizer
 from tokenizer.registry import nearest_known
@@ -293,7 +294,9 @@ class Pipeline:
             # thousands of large images would not fit into a GPU's memory
             images = decode_codes(self.tokenizer, codes, generators, batch_size=batch_size, device="cpu")
             images = as_output_type(images, output_type)
-        return SampleOutput(images, log_prob, self._classes(labels)) if return_log_prob else images
+        if not return_log_prob:
+            return images
+        return SampleOutput(images, log_prob, None if self.prior.conditional_on_text else labels)
 
     __call__ = sample
 
@@ -357,12 +360,7 @@ class Pipeline:
         hidden = hide(images, mask, self.tokenizer)
         pixels, mask = pixels if hidden is images else self.prepare(hidden), filled
         generators = candidate_generators(one_generator_each(len(pixels), generator), num_candidates)
-        labels = self._conditions(
-            _for_each_candidate(class_labels, len(pixels), num_candidates, "class labels"),
-            _for_each_candidate(prompts, len(pixels), num_candidates, "prompts"),
-            len(generators),
-            generators,
-        )
+        labels = requested_labels(self, class_labels, prompts, len(pixels), generators, num_candidates=num_candidates)
         completions = complete(
             self, pixels, mask, labels, generators, ranking=ranking, keep_known_pixels=keep_known_pixels,
             batch_size=batch_size, **options,
@@ -419,7 +417,7 @@ class Pipeline:
         size, position, stride = check_canvas(self.tokenizer, size, position, stride)
         pixels = self.prepare(images)
         generators = one_generator_each(len(pixels), generator)
-        labels = self._conditions(_as_list(class_labels), _as_list(prompts), len(pixels), generators)
+        labels = requested_labels(self, class_labels, prompts, len(pixels), generators)
         canvas, codes = outpaint(
             self, pixels, labels, generators, size=size, position=position, stride=stride,
             num_candidates=num_candidates, keep_known_pixels=keep_known_pixels, batch_size=batch_size, **options,
@@ -519,9 +517,8 @@ class Pipeline:
 
     def _requested(self, num_images, class_labels, prompts, generator, batch_size: int):
         """A generator per image and what the prior calls labels, for the arguments of `sample`."""
-        class_labels, prompts = _as_list(class_labels), _as_list(prompts)
         if num_images is None:
-            given = class_labels if prompts is None else prompts
+            given = as_list(class_labels if prompts is None else prompts)
             several = isinstance(given, Sequence) and not isinstance(given, str)
             num_images = len(given) if several else 1
             if several and not given:
@@ -533,7 +530,7 @@ class Pipeline:
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
         generators = one_generator_each(num_images, generator)
-        return generators, self._conditions(class_labels, prompts, num_images, generators)
+        return generators, requested_labels(self, class_labels, prompts, num_images, generators)
 
     def prepare(self, images) -> Tensor:
         """Images (B, C, H, W) in [0, 1] on the pipeline's device: PIL images prepared as in training, or such a tensor.
@@ -605,94 +602,6 @@ class Pipeline:
     def set_progress_bar_config(self, **options) -> None:
         """Options of `tqdm`, e.g. disable=True."""
         self.progress_bar_config = options
-
-    def label_ids(self, labels: Sequence[int | str]) -> list[int]:
-        """Class numbers of names (or numbers). Raises ValueError naming the known ones."""
-        for label in labels:
-            if isinstance(label, str) and label not in self.class_names:
-                raise ValueError(f"unknown class '{label}' (known: {', '.join(self.class_names) or 'none has a name'})")
-            if not isinstance(label, (str, Integral)) or isinstance(label, bool):
-                raise ValueError(f"a class label is a number or a name, got {label!r}")
-        return [self.class_names.index(label) if isinstance(label, str) else int(label) for label in labels]
-
-    def labels_as_typed(self, labels: list[int | str] | int | str | None) -> list[int | str] | int | str | None:
-        """Labels of a command line, where the name "7" and the number 7 look alike: where a number is a name, the name.
-
-        Raises:
-            ValueError: a number that may stand for a name with leading zeros, such as 001, which it loses where YAML
-                reads a list; in a list, what is quoted is meant as it is.
-        """
-        if isinstance(labels, list):
-            return [self._label_as_typed(label, exact=isinstance(label, str)) for label in labels]
-        return self._label_as_typed(labels, exact=False)
-
-    def _label_as_typed(self, label: int | str | None, exact: bool) -> int | str | None:
-        if label is None or str(label) in self.class_names:
-            return label if label is None else str(label)
-        if isinstance(label, str) and not _is_number(label):
-            return label
-        number = int(label) if isinstance(label, str) else label
-        for name in () if exact else self.class_names:
-            if _is_number(name) and int(name) == number:
-                raise ValueError(
-                    f"class label {label} may be the class '{name}', whose zeros are lost where it is read as a "
-                    f"number; quote it, as in '[\"{name}\"]'"
-                )
-        return number
-
-    def _conditions(self, class_labels, prompts, num_images: int, generators) -> Tensor | None:
-        """What the prior calls labels: class labels, or the token ids of prompts."""
-        if not self.prior.conditional_on_text:
-            if prompts is not None:
-                kind = "conditional on classes: give class_labels" if self.prior.num_classes else "unconditional"
-                raise ValueError(f"prompts are for a prior that is conditional on captions, but this one is {kind}")
-            return self._labels(class_labels, num_images, generators)
-        if class_labels is not None:
-            raise ValueError("this prior is conditional on captions: give prompts, not class_labels")
-        if not isinstance(prompts, Iterable | None):
-            raise ValueError(f"prompts must be a caption or a list of them, got {prompts!r}")
-        prompts = [prompts or ""] * num_images if prompts is None or isinstance(prompts, str) else list(prompts)
-        if len(prompts) != num_images:
-            raise ValueError(f"got {len(prompts)} prompts for {num_images} images: give one, or one each")
-        ids = self.text_tokenizer.encode_prompts(prompts)
-        if not self.prior.learned_unconditional and (ids == PADDING).all(dim=1).any():
-            raise ValueError(
-                "this prior was trained without class dropout (class_dropout = 0) and does not know what to draw "
-                "without a caption; give a prompt for each image"
-            )
-        return ids
-
-    def _labels(self, class_labels, num_images: int, generators: list[torch.Generator]) -> Tensor | None:
-        if class_labels is None:
-            return draw_labels(self.prior, generators)
-        if isinstance(class_labels, (str, Number)):
-            class_labels = [class_labels] * num_images
-        if len(class_labels) != num_images:
-            raise ValueError(f"got {len(class_labels)} class labels for {num_images} images: give one, or one each")
-        return torch.tensor(self.label_ids(class_labels), device="cpu")
-
-    def _classes(self, labels: Tensor | None) -> Tensor | None:
-        """The class labels among what the prior calls labels."""
-        return None if self.prior.conditional_on_text else labels
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
-
-
-def _as_list(values):
-    """Tensors and arrays as lists or numbers."""
-    return values.tolist() if hasattr(values, "tolist") else values
-
-
-def _for_each_candidate(values, num_images: int, num_candidates: int, what: str):
-    """Labels or prompts of each image, repeated for its candidates."""
-    values = _as_list(values)
-    if values is None or isinstance(values, (str, Number)):
-        return values
-    if len(values) != num_images:
-        raise ValueError(f"got {len(values)} {what} for {num_images} images: give one, or one each")
-    return [value for value in values for _ in range(num_candidates)]
 
 
 def _check_options(method: Callable, options: dict) -> None:

@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from pipelines.config import parse, peek, plain
+from pipelines.labels import labels_as_typed
 from pipelines.masks import as_mask, named_mask, open_image
 from pipelines.pictures import check_picture, save_grid
 from pipelines.pipeline_index import INDEX_NAME
@@ -114,7 +115,7 @@ def main() -> Outcome:
     pipeline = load_pipeline(run, choose_device(config["device"]))
     pipeline.set_progress_bar_config(disable=None)  # in a terminal only
     options = {name: config[name] for name in (*SAMPLING, *CONDITIONS)}
-    options["class_labels"] = pipeline.labels_as_typed(config["class_labels"])
+    options["class_labels"] = labels_as_typed(config["class_labels"], pipeline.class_names)
     options |= {"generator": torch.Generator().manual_seed(config["seed"]), "output_type": "pt"}
 
     results = {}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pipelines.animation import CodeRecording, save_animation
 from pipelines.config import parse, peek
+from pipelines.labels import labels_as_typed
 from pipelines.masks import check_geometry
 from pipelines.pictures import check_picture, class_columns, save_grid
 from pipelines.pipeline_index import INDEX_NAME
@@ -102,7 +103,7 @@ def main() -> Outcome | None:
     pipeline.set_progress_bar_config(disable=None if shards.is_first else True)  # in a terminal only
 
     num_images, prompts = config["num_images"], config["prompts"]
-    labels = pipeline.labels_as_typed(config["class_labels"])
+    labels = labels_as_typed(config["class_labels"], pipeline.class_names)
     local = config["resample"] == "local"
     size = columns if local else 1  # of what is drawn together: a row of images with the same codes, or an image
     for name in ("class_grid", "animation"):

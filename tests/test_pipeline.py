@@ -20,6 +20,7 @@ from pipelines.animation import CodeRecording, partial_images, save_animation
 from pipelines.checkpoint import build_prior, build_tokenizer, fingerprint, save_model
 from pipelines.demo.actions import description, refusals
 from pipelines.drawing import decode_codes
+from pipelines.labels import labels_as_typed
 from pipelines.masks import code_masks, named_mask
 from pipelines.pictures import (
     check_picture,
@@ -274,17 +275,15 @@ def test_priors_without_a_log_probability_of_their_samples_say_so(prior):
 
 
 def test_a_number_on_a_command_line_is_a_class_of_that_name():
-    pipeline = make(num_classes=3)
-    pipeline.class_names = ["1", "2", "3"]
     for typed, expected in [(2, "2"), ("2", "2"), (0, 0), ([3, 0, "1"], ["3", 0, "1"]), (None, None)]:
-        assert pipeline.labels_as_typed(typed) == expected
-    pipeline.class_names = ["001", "010", "cat"]
+        assert labels_as_typed(typed, ["1", "2", "3"]) == expected
+    names = ["001", "010", "cat"]
     for typed, expected in [("001", "001"), ("0", 0), (["010", "1", "02"], ["010", 1, 2]), ("cat", "cat"), (0, 0),
                             (2, 2), ("-1", "-1")]:  # fmt: skip
-        assert pipeline.labels_as_typed(typed) == expected
+        assert labels_as_typed(typed, names) == expected
     for typed, name in [(1, "001"), ("1", "001"), ("01", "001"), ([0, 10], "010")]:
         with pytest.raises(ValueError, match=rf"may be the class '{name}', .* quote it, as in '\[\"{name}\"\]'$"):
-            pipeline.labels_as_typed(typed)
+            labels_as_typed(typed, names)
 
 
 def test_the_progress_bar_can_be_silenced(capsys):
