@@ -5,10 +5,8 @@ that weights, averages and optimizer are all there is to save. Training code tha
 generators cannot be exact in the middle of an epoch, because loaders draw ahead.
 """
 
-import json
 import math
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,14 +23,14 @@ from tqdm import tqdm
 
 from pipelines.batches import StepBatches, derived_seed, read_batch, to_device
 from pipelines.checkpoint import has_states, load_state, newest_state, save_state
-from pipelines.config import differences, flatten, read_yaml
+from pipelines.config import differences, read_yaml
 from pipelines.ema import EMA
-from pipelines.files import folder_lock, naming, read_json, remove_stale, write_json_atomic
+from pipelines.files import folder_lock, read_json, remove_stale, write_json_atomic
 from pipelines.launch import StopRequest, ignore_stop_signals
 from pipelines.memory import naming_memory
 from pipelines.objectives import Objective
 from pipelines.training_config import FREE_TO_CHANGE, TrainingConfig
-from pipelines.training_log import LossWindow, brief, drop_log_after, last_evaluation
+from pipelines.training_log import LossWindow, TrainingLog, brief
 from pipelines.training_states import (
     get_optimizer,
     get_weights,
@@ -170,6 +168,7 @@ class _Run:
         self.train_data, self.validation_data, self.resolved = train_data, validation_data, resolved
         self.on_evaluate = on_evaluate
         self.progress = _Progress()
+        self.log = TrainingLog(accelerator, folder)
         self.complaints: set[str] = set()
         self.skipped_steps = dict.fromkeys((update.name for update in updates), 0)
         self.loader: Iterator[dict] = iter(())
@@ -190,7 +189,8 @@ class _Run:
         config, accelerator, progress = self.config, self.accelerator, self.progress
         start_step = progress.step
         if start_step < config.total_steps:
-            self._start_trackers()
+            if config.tracker != "none":
+                self.log.start_trackers(self.resolved)
             self.loader = batches = self._loader()
             window = self.window
             window.start_clock()
@@ -213,7 +213,7 @@ class _Run:
                     values = losses | self.objective.summary() | {"learning_rate": self.learning_rate()}
                     values |= window.rate(config.batch_size // config.gradient_accumulation_steps)
                     bar.set_postfix_str(brief({"loss": loss, **self.objective.summary()}))
-                    self._log(progress.step, {f"train/{k}": v for k, v in values.items()})
+                    self.log.write(progress.step, {f"train/{k}": v for k, v in values.items()})
                 paused = time.monotonic()
                 if progress.step % config.eval_every == 0 or last:
                     self._evaluate()
@@ -225,13 +225,13 @@ class _Run:
                     self._save()
                 if stopped:
                     bar.close()
-                    self._finish_trackers()
+                    self.log.finish_trackers()
                     accelerator.print(f"stopped by signal {stop.signal_number} at step {progress.step}, state saved; "
                                       "run the same command to go on")  # fmt: skip
                     raise SystemExit(128 + stop.signal_number)
                 window.started += time.monotonic() - paused  # images/s are those of training alone
             bar.close()
-            self._finish_trackers()
+            self.log.finish_trackers()
         if not progress.best_metrics:  # best/ of a finished run was deleted or damaged
             self._evaluate()
         steps_run = max(0, config.total_steps - start_step)
@@ -289,7 +289,7 @@ class _Run:
         if state is None:
             if self.accelerator.is_main_process:  # what a run left that was killed before its first state
                 shutil.rmtree(self.folder / "best", ignore_errors=True)
-                (self.folder / "log.jsonl").unlink(missing_ok=True)
+                self.log.path.unlink(missing_ok=True)
             return
         tensors, info = load_state(state)
         self._check_same_run(info, state)
@@ -311,7 +311,7 @@ class _Run:
         self.progress = _Progress(info["step"], *self._best_on_disk())
         self.batches = self._step_batches(self.progress.step)
         if self.accelerator.is_main_process:
-            drop_log_after(self.folder / "log.jsonl", self.progress.step)
+            self.log.drop_after(self.progress.step)
         self.accelerator.print(f"continuing from step {self.progress.step} ({state})")
         if self.progress.step > self.config.total_steps:
             self.accelerator.print(
@@ -411,7 +411,7 @@ class _Run:
             # What fits into memory while training does so here
             size = self.config.batch_size // self.config.gradient_accumulation_steps
             metrics = validate(accelerator, self.module, self.validation_data, size)
-            self._log(progress.step, {f"validation/{k}": v for k, v in metrics.items()})
+            self.log.write(progress.step, {f"validation/{k}": v for k, v in metrics.items()})
             self._complain()
             name = self.objective.best_metric
             if not math.isfinite(metrics[name]):
@@ -436,15 +436,15 @@ class _Run:
                     for other in set(kept.parent.glob("step-*")) - {kept}:  # earlier or, after a fall back, later ones
                         shutil.rmtree(other)
         accelerator.wait_for_everyone()
-        self._say(f"step {progress.step}: validation {brief(metrics)}")
+        self.log.say(f"step {progress.step}: validation {brief(metrics)}")
         if (progress.step - progress.best_step) // self.config.eval_every == 3:  # said once, not at every evaluation
-            self._say(
+            self.log.say(
                 f"step {progress.step}: validation {name} {metrics[name]:.4f} has not improved on {best:.4f} of step "
                 f"{progress.best_step}: the model overfits; the best weights are kept",
             )
 
     def _end_epoch(self) -> None:
-        self._log(self.progress.step, {f"epoch/{k}": v for k, v in self.objective.summary().items()})
+        self.log.write(self.progress.step, {f"epoch/{k}": v for k, v in self.objective.summary().items()})
         self._complain()
         self.objective.start_epoch()
 
@@ -456,7 +456,7 @@ class _Run:
         for subject, text in self.objective.complaints().items():
             if subject not in self.complaints:
                 self.complaints.add(subject)
-                self._say(f"step {self.progress.step}: {text}")
+                self.log.say(f"step {self.progress.step}: {text}")
 
     def _save(self) -> None:
         tensors, infos = {}, {}
@@ -537,7 +537,7 @@ class _Run:
             return False
         path = self.folder / "config.yaml"  # of the scripts, which write it anew only after this
         options = vars(self.config) | (read_yaml(path).get("training") or {} if path.is_file() else {})
-        step = last_evaluation(self.folder / "log.jsonl")
+        step = self.log.last_evaluation()
         return step > options["save_every"] or step >= options["total_steps"]
 
     def _check_same_run(self, info: dict, state: Path) -> None:
@@ -596,37 +596,6 @@ class _Run:
             disable=None if self.accelerator.is_main_process else True,
             dynamic_ncols=True,
         )
-
-    def _start_trackers(self) -> None:
-        if self.config.tracker != "none":
-            flat = flatten(self.resolved).items()
-            # TensorBoard takes neither lists nor None
-            scalars = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in flat}
-            with naming(self.folder):  # a tracker's own files
-                self.accelerator.init_trackers("tessera", config=scalars)
-
-    def _finish_trackers(self) -> None:
-        # accelerator.end_training would also take down the processes' connection, which codes are written over
-        with naming(self.folder):
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
-
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        if not values:
-            return
-        with naming(self.folder):
-            self.accelerator.log(values, step=step)
-        if self.accelerator.is_main_process:
-            # JSON has no infinity, which the norm of gradients is in a step that fp16 leaves out
-            line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
-            path = self.folder / "log.jsonl"
-            with naming(path), path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
 
 
 def _seed_noise(seed: int, device: torch.device) -> None:

@@ -1,6 +1,8 @@
 """What a run writes down of itself while it trains."""
 
 import json
+import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +10,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
-from pipelines.files import atomic_file
+from pipelines.config import flatten
+from pipelines.files import atomic_file, naming
 
 
 class LossWindow:
@@ -63,17 +67,52 @@ class LossWindow:
         return {"images_per_second": rate}
 
 
-def last_evaluation(path: Path) -> int:
-    """The last step of which a log has validation metrics; 0 without one."""
-    entries = [entry for _, entry in _entries(path)]
-    return max((entry["step"] for entry in entries if any(key.startswith("validation/") for key in entry)), default=0)
+class TrainingLog:
+    """What a run says of itself: in log.jsonl, to accelerate's trackers and in the terminal, by the main process."""
 
+    def __init__(self, accelerator: Accelerator, folder: Path):
+        self.accelerator, self.folder = accelerator, folder
+        self.path = folder / "log.jsonl"
 
-def drop_log_after(path: Path, step: int) -> None:
-    """Removes lines that a continued run will write again."""
-    if path.exists():
-        with atomic_file(path) as file:
-            file.writelines(line for line, entry in _entries(path) if entry["step"] <= step)
+    def start_trackers(self, config: dict) -> None:
+        # TensorBoard takes neither lists nor None
+        scalars = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in flatten(config).items()}
+        with naming(self.folder):  # a tracker's own files
+            self.accelerator.init_trackers("tessera", config=scalars)
+
+    def finish_trackers(self) -> None:
+        # accelerator.end_training would also take down the processes' connection, which codes are written over
+        with naming(self.folder):
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if not values:
+            return
+        with naming(self.folder):
+            self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            # JSON has no infinity, which the norm of gradients is in a step that fp16 leaves out
+            line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+            with naming(self.path), self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def last_evaluation(self) -> int:
+        """The last step of which the log has validation metrics; 0 without one."""
+        entries = [entry for _, entry in _entries(self.path)]
+        evaluated = (entry for entry in entries if any(key.startswith("validation/") for key in entry))
+        return max((entry["step"] for entry in evaluated), default=0)
+
+    def drop_after(self, step: int) -> None:
+        """Removes lines that a continued run will write again."""
+        if self.path.exists():
+            with atomic_file(self.path) as file:
+                file.writelines(line for line, entry in _entries(self.path) if entry["step"] <= step)
 
 
 def _entries(path: Path) -> Iterator[tuple[bytes, dict]]:
