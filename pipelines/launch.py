@@ -3,18 +3,23 @@
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, LoggerType
 
 from tokenizer.registry import nearest_known
 
 LAUNCHED_BY = "TESSERA_LAUNCHED_BY"  # variable of the environment: the process id of the script that runs this one
+
+# All processes wait for the one that downloads, and that looks at each file of a million first. Where one fails, the
+# launcher ends the others at once.
+LONGEST_WAIT = timedelta(hours=2)
 
 
 def make_accelerator(config, folder: Path) -> Accelerator:
@@ -37,8 +42,11 @@ def make_accelerator(config, folder: Path) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=folder,
-        # Codebooks are made equal by their own all-reduce; a broadcast would throw away what other processes counted.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            # Codebooks are made equal by their own all-reduce; a broadcast would throw away what others counted.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import fields, replace
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
@@ -737,6 +738,10 @@ def test_fp16_ends_where_no_scale_helps(tmp_path, monkeypatch):
 def test_the_environment_does_not_change_the_number_of_micro_batches(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     assert make_accelerator(CONFIG, tmp_path).gradient_accumulation_steps == 1
+
+
+def test_processes_wait_for_one_that_downloads_longer_than_nccl_would(tmp_path):
+    assert make_accelerator(CONFIG, tmp_path).init_handler.timeout > timedelta(minutes=10)
 
 
 @pytest.mark.parametrize(
