@@ -12,30 +12,20 @@ class Progress:
     Args:
         steps: {stage: steps of it}, for stages that count their steps.
         in_words: {stage: its name for people}.
-        seconds: {stage: seconds that it took on average in earlier runs}, for the estimate.
-        stream: where lines go; default standard error.
+        seconds: {stage: seconds that it took in each of earlier runs}, for the estimate.
     """
 
     def __init__(
-        self,
-        *,
-        steps: dict[str, int],
-        in_words: dict[str, str],
-        seconds: dict[str, list[float]] | None = None,
-        stream=None,
+        self, *, steps: dict[str, int], in_words: dict[str, str], seconds: dict[str, list[float]] | None = None
     ):
         self.steps, self.in_words = steps, in_words
         self.seconds = {stage: list(values) for stage, values in (seconds or {}).items()}
-        self.stream = stream or sys.stderr
-        self.plan: list[tuple[int, str, str]] = []  # number of the model, its title, stage; those not begun yet
-        self.count, self.current = 0, None
-        self.first_step = self.done_steps = 0
-        self.bar = None
 
     def start(self, missing: list[tuple[str, list[str]]]) -> None:
         """Args: missing: for each model its title and the stages to run."""
         self.began = time.monotonic()
-        self.count = len(missing)
+        self.count, self.current = len(missing), None
+        # number of the model, its title, stage; those not begun yet
         self.plan = [(number, title, stage) for number, (title, stages) in enumerate(missing) for stage in stages]
         ready = sum(not stages for _, stages in missing)
         self.say(
@@ -45,7 +35,6 @@ class Progress:
         self.bar = tqdm(
             total=len(self.plan),
             disable=None,
-            file=self.stream,
             dynamic_ncols=True,
             bar_format="{desc} |{bar:20}| {postfix}",
         )
@@ -74,8 +63,7 @@ class Progress:
         if well and (seconds := self.stage_seconds()) is not None:
             self.seconds.setdefault(stage, []).append(seconds)
         self.current = None
-        if self.bar is not None:
-            self.bar.update(1)
+        self.bar.update(1)
 
     def stage_seconds(self) -> float | None:
         """About what all of the present stage takes, from the part that ran now; None where nothing did."""
@@ -90,8 +78,7 @@ class Progress:
         self.plan = [item for item in self.plan if item[0] != number]
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
     def headline(self) -> str:
         number, title, stage = self.current
@@ -124,11 +111,9 @@ class Progress:
         return sum(values) / len(values)
 
     def say(self, line: str) -> None:
-        tqdm.write(line, file=self.stream)
+        tqdm.write(line, file=sys.stderr)
 
     def _show(self) -> None:
-        if self.bar is None or self.bar.disable:
-            return
         stage = self.current[2]
         steps = f", step {self.done_steps:,} of {self.steps[stage]:,}" if stage in self.steps else ""
         self.bar.set_description_str(self.headline() + steps, refresh=False)
