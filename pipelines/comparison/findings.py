@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from pipelines.comparison.running import IN_WORDS, RESULT, Failure, Member
+from pipelines.comparison.running import IN_WORDS, RESULT, Failure, Member, training_folder
 from pipelines.config import differences, read_yaml
 from pipelines.evaluation.protocol import comparable
 from pipelines.files import read_json
@@ -184,12 +184,6 @@ def check_same_data(data: dict[str, dict]) -> None:
                 f"{first} and {second} cannot stand in one table, their images differ ({listed}); compare models of "
                 "the same data, evaluated on the same split"
             )
-
-
-def training_folder(member: Member, stage: str) -> Path:
-    """The run in which a stage was trained: another member's for a tokenizer that is shared."""
-    owner = member.entry.tokenizer_of if member.entry else None
-    return member.folder.parent / owner if owner and stage == "stage_one" else member.folder
 
 
 def training_of(member: Member) -> dict[str, float]:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from pipelines.comparison import charts
 from pipelines.comparison.charts import PALETTE
-from pipelines.comparison.findings import Column, Findings, budget_of, training_folder
+from pipelines.comparison.findings import Column, Findings, budget_of
 from pipelines.comparison.plots import Chart, charts_of
-from pipelines.comparison.running import IN_WORDS, Member
+from pipelines.comparison.running import IN_WORDS, Member, training_folder
 from pipelines.comparison.templates import CSS, HTML, MARKDOWN, SCRIPT
 from pipelines.config import read_yaml
 from pipelines.evaluation.protocol import is_any

@@ -181,12 +181,8 @@ class Runner:
             options.get(section, {}).pop(option, None)
         if stage == "stage_one":
             return {"options": options, "inputs": {}}
-        tokenizer = self._tokenizer_folder(member) / TOKENIZER
+        tokenizer = training_folder(member, "stage_one") / TOKENIZER
         return {"options": options, "inputs": {TOKENIZER: sha256_file(tokenizer) if tokenizer.is_file() else None}}
-
-    def _tokenizer_folder(self, member: Member) -> Path:
-        owner = member.entry.tokenizer_of
-        return self.output / "models" / owner if owner else member.folder
 
     def record(self, member: Member) -> dict:
         path = self._record_path(member)
@@ -233,7 +229,7 @@ class Runner:
             options = ["--config", str(recipe), "--output", str(member.folder)]
             script = "train_tokenizer"
             if stage == "stage_two":
-                script, options = "train_prior", [*options, "--run", str(self._tokenizer_folder(member))]
+                script, options = "train_prior", [*options, "--run", str(training_folder(member, "stage_one"))]
         return [sys.executable, str(self.scripts / f"{script}.py"), *options]
 
     @staticmethod
@@ -275,6 +271,12 @@ def members_of(entries: Sequence[Entry], runs: Sequence[str], output: Path) -> l
         if names.count(member.name.lower()) > 1:
             raise ValueError(f"two of the models to compare are named '{member.name}'; rename one of the folders")
     return members
+
+
+def training_folder(member: Member, stage: str) -> Path:
+    """The run in which a stage was trained: another member's for a tokenizer that is shared."""
+    owner = member.entry.tokenizer_of if member.entry else None
+    return member.folder.parent / owner if owner and stage == "stage_one" else member.folder
 
 
 def _is_of_these_weights(result: Path, run: Path) -> bool:
