@@ -104,7 +104,7 @@ class TrainingLog:
 
     def last_evaluation(self) -> int:
         """The last step of which the log has validation metrics; 0 without one."""
-        entries = [entry for _, entry in _entries(self.path)]
+        entries = [entry for _, entry in log_entries(self.path)]
         evaluated = (entry for entry in entries if any(key.startswith("validation/") for key in entry))
         return max((entry["step"] for entry in evaluated), default=0)
 
@@ -112,10 +112,10 @@ class TrainingLog:
         """Removes lines that a continued run will write again."""
         if self.path.exists():
             with atomic_file(self.path) as file:
-                file.writelines(line for line, entry in _entries(self.path) if entry["step"] <= step)
+                file.writelines(line for line, entry in log_entries(self.path) if entry["step"] <= step)
 
 
-def _entries(path: Path) -> Iterator[tuple[bytes, dict]]:
+def log_entries(path: Path) -> Iterator[tuple[bytes, dict]]:
     """The lines of a log, as they stand and what they say; raises ValueError for one that is damaged."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         if not line.endswith(b"\n"):  # a line that a killed run or a full disk cut off has no end

@@ -100,6 +100,13 @@ def test_results_of_different_protocols_do_not_stand_in_one_table(members):
         collect(members, {})
 
 
+def test_a_damaged_log_is_named(members):
+    log = members[0].folder / "stage_one" / "log.jsonl"
+    log.write_bytes(b"\0\0\0\n" + log.read_bytes())
+    with pytest.raises(ValueError, match=r"stage_one/log\.jsonl has a damaged line"):
+        collect(members, {})
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

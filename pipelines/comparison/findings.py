@@ -1,6 +1,5 @@
 """What is known of the models of a comparison: a row of numbers each, curves of their training, how it was measured."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pipelines.comparison.running import IN_WORDS, RESULT, Failure, Member, trai
 from pipelines.config import differences, read_yaml
 from pipelines.evaluation.protocol import comparable
 from pipelines.files import read_json
+from pipelines.training_log import log_entries
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,8 @@ def training_of(member: Member) -> dict[str, float]:
 
 
 def log_lines(path: Path) -> list[dict]:
-    """The whole lines of a log.jsonl; none without one."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """What the whole lines of a log.jsonl say; none without one."""
+    return [entry for _, entry in log_entries(path)]
 
 
 def curves_of(members: Sequence[Member]) -> dict[str, list[Curve]]:
