@@ -299,19 +299,14 @@ def _log_of(member: Member, stage: str) -> Path:
 
 
 def _steps_done(log: Path) -> int:
-    """The step of the last whole line of a log, 0 without one."""
+    """The last step that a log tells of, 0 without one."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 4096))
-            lines = file.read().splitlines()
+            steps = re.findall(rb'^{"step": (\d+),', file.read(), re.MULTILINE)
     except OSError:
         return 0
-    for line in reversed(lines):
-        before, found, rest = line.partition(b'"step": ')
-        if found and before == b"{":
-            digits = rest.split(b",")[0]
-            return int(digits) if digits.isdigit() else 0
-    return 0
+    return int(steps[-1]) if steps else 0
 
 
 def _why(status: int, said: str) -> str:
