@@ -1,6 +1,7 @@
 """What is known of the models of a comparison: a row of numbers each, curves of their training, how it was measured."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -156,9 +157,7 @@ def collect(members: Sequence[Member], failures: dict[str, Failure]) -> Findings
     for member in present:
         row = dict(results[member.name]["metrics"])
         for name, mean in LEVELS.items():
-            levels = [
-                row[key] for key in sorted(row) if key.rpartition("_")[0] == name and key.rpartition("_")[2].isdigit()
-            ]
+            levels = [row[key] for key in sorted(row) if re.fullmatch(rf"{name}_\d+", key)]
             if levels:
                 row[name] = mean(levels)
         rows.append(row | training_of(member))
