@@ -58,7 +58,7 @@ def render_html(values: dict) -> str:
 def render_markdown(values: dict) -> str:
     """Args: values: see `context`."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"md": escape_markdown, "md_cell": _markdown_cell}
+    environment.filters |= {"md": escape_markdown, "md_cell": _cell_text}
     return environment.from_string(MARKDOWN).render(**values, folder="pictures").strip() + "\n"
 
 
@@ -108,12 +108,12 @@ def lead(findings: Findings) -> str:
     """What was compared, in two sentences."""
     count = len(findings.rows)
     said = f"{count} model{'s' if count != 1 else ''}"
-    for result in findings.results.values():
+    if findings.results:
+        result = next(iter(findings.results.values()))
         data = result["data"]
         said += f" on {data['name']} {data['split']} ({data['count']:,} images)"
         if "likelihood" in result["protocol"]:
             said += f"; pixels have {result['protocol']['likelihood']['pixels']}"
-        break
     return f"{said}. {budget_of(findings.members)}".strip()
 
 
@@ -124,10 +124,7 @@ def shown(value: float, column: Column) -> str:
 
 def with_error(row: dict, column: Column) -> str:
     """As `shown`, with the standard error where there is one."""
-    cell = _cell(row, column, best=False)
-    if cell["value"] is None:
-        return MISSING
-    return cell["text"] + (f" ± {cell['error']}" if cell["error"] else "")
+    return _cell_text(_cell(row, column, best=False))
 
 
 def best_rows(rows: Sequence[dict], column: Column) -> set[int]:
@@ -231,7 +228,8 @@ def _swatch(number: int) -> Markup:
     return Markup("<span class='swatch' style='background:var(--s{})'></span>").format(number % len(PALETTE))
 
 
-def _markdown_cell(cell: dict) -> str:
+def _cell_text(cell: dict) -> str:
+    """As plain text, in which the best is bold in Markdown."""
     if cell["value"] is None:
         return MISSING
     text = cell["text"] + (f" ± {cell['error']}" if cell["error"] else "")
