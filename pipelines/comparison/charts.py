@@ -69,10 +69,9 @@ def curves(series: Sequence[Series], *, x_label: str, y_label: str, description:
     for one in series:
         at = [axes.place(x, y) for x, y in one.points]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        dash = DASHES[one.number // len(PALETTE) % len(DASHES)]
         marks = "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='2.2' fill='{_colour(one)}'/>" for x, y in at)
         parts.append((one, f"<polyline points='{line}' fill='none' stroke='{_colour(one)}' stroke-width='2' "
-                           f"stroke-dasharray='{dash}'/>{marks}"))  # fmt: skip
+                           f"stroke-dasharray='{_dash(one)}'/>{marks}"))  # fmt: skip
     return _chart(axes, parts, x_label, y_label, description)
 
 
@@ -167,10 +166,9 @@ def _chart(axes, parts, x_label, y_label, description, *, below="", legend=True)
 
 
 def _legend_item(one: Series, x: float, y: float) -> str:
-    dash = DASHES[one.number // len(PALETTE) % len(DASHES)]
     mark = (
         f"<line x1='{x:.1f}' y1='{y:.1f}' x2='{x + 24:.1f}' y2='{y:.1f}' stroke='{_colour(one)}' stroke-width='3' "
-        f"stroke-dasharray='{dash}'/>"
+        f"stroke-dasharray='{_dash(one)}'/>"
     )
     text = f"<text x='{x + 30:.1f}' y='{y + 4:.1f}'>{escape(one.title)}</text>"
     # something to point at
@@ -183,6 +181,10 @@ def _legend_item(one: Series, x: float, y: float) -> str:
 
 def _colour(one: Series) -> str:
     return f"var(--s{one.number % len(PALETTE)})"
+
+
+def _dash(one: Series) -> str:
+    return DASHES[one.number // len(PALETTE) % len(DASHES)]
 
 
 def _mark(one: Series, x: float, y: float) -> str:
