@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from prior.base import PriorConfig
 from tokenizer.base import TokenizerConfig
@@ -341,10 +341,9 @@ def peek(name: str, argv: list[str] | None = None) -> str | None:
     return fields_given.get(field, given.get(name))
 
 
-def has_config_file(argv: list[str] | None = None) -> bool:
+def has_config_file() -> bool:
     """Whether --config is given."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return any(argument.split("=")[0] == "--config" for argument in arguments)
+    return any(argument.split("=")[0] == "--config" for argument in sys.argv[1:])
 
 
 def wants_json(argv: list[str] | None = None) -> bool:
@@ -436,8 +435,6 @@ def _collect_types(values, key: str, chosen: dict[str, str]) -> None:
 
 def plain(value):
     """`value` with only dicts, lists and scalars in it, as YAML and JSON hold them."""
-    if isinstance(value, Namespace):
-        value = value.as_dict()
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
