@@ -171,19 +171,16 @@ def parse(
         if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
             raise
         recipe = {}
+    parser.add_class_arguments(options)
     try:
         chosen = _chosen_types(argv, sections, recipe)
-    except ValueError as error:  # a broken file
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    parser.add_class_arguments(options)
-    for name, section in sections.items():
-        try:
+        for name, section in sections.items():
             if isinstance(section, Polymorphic):
                 _add_model(parser, name, section, chosen)
             else:
                 _add_fields(parser, name, section)
-        except ValueError as error:  # an unknown type
-            parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except ValueError as error:  # a broken file, or an unknown type
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     parser.owners = _find_owners(sections, chosen)
     known = parser.known_names()
     parser.set_defaults({name: value for name, value in flatten(recipe).items() if name in known})
