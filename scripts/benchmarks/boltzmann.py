@@ -12,9 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.measure import Clock, compare
 from benchmarks.peers import Peers
 from benchmarks.report import Case, Report
-from pipelines.objectives import TokenizerLoss
-from pipelines.training import adamw
-from pipelines.training_config import TrainingConfig
+from benchmarks.tokenizer import train_step
 from prior.boltzmann_samplers import BlockGibbs, Boltzmann
 from tokenizer.dvaepp import DVAEPP, DVAEPPConfig
 
@@ -97,21 +95,10 @@ def floor(machine: Machine) -> Callable:
 
 
 def step(batch: int, bits: int, chains: int, sweeps: int) -> Callable:
-    """The step of pipelines/training.py, without its surroundings."""
     torch.manual_seed(0)
     prior = {"type": "rbm", "num_chains": chains, "num_sweeps": sweeps}
     config = DVAEPPConfig(image_shape=(1, 28, 28), num_groups=2, bits_per_group=bits, prior=prior)
-    objective = TokenizerLoss(DVAEPP(config))
-    optimizer = adamw(objective, TrainingConfig())
-    images = torch.randint(2, (batch, 1, 28, 28)).float()
-
-    def run():
-        sum(objective({"image": images}, 0).values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        objective.after_step()
-
-    return run
+    return train_step(DVAEPP(config), torch.randint(2, (batch, 1, 28, 28)).float(), mode=None)
 
 
 class Recorded(TorchDispatchMode):
