@@ -120,7 +120,7 @@ def exhaust(batches: Iterable) -> None:
     deque(batches, maxlen=0)
 
 
-def build(name: str, count: int, folder: str | None = None) -> Callable:
+def build(count: int, folder: str | None = None) -> Callable:
     """One dump, in a temporary folder that lives as long as the process that made it."""
     root = Path(tempfile.mkdtemp(prefix="benchmark-codes-"))
     (root / "images").mkdir()
@@ -169,12 +169,12 @@ def run_write(case: Case, clock: Clock, rounds: int, images: ImageDataset, root:
 
 def measure_memory(case: Case, num_files: int, folder: str | None, memory_gb: float) -> None:
     small = SIZES["quick"][0]
-    case.peak_bytes[OURS] = peak_memory(build, (OURS, num_files), (OURS, small), memory_gb)
-    four_times = peak_memory(build, (OURS, 4 * num_files), (OURS, small), memory_gb)
+    case.peak_bytes[OURS] = peak_memory(build, (num_files,), (small,), memory_gb)
+    four_times = peak_memory(build, (4 * num_files,), (small,), memory_gb)
     if four_times is not None:
         case.checks["peak MB at four times the images"] = four_times / 1e6
     if folder is not None:
-        case.peak_bytes[LMDB] = peak_memory(build, (LMDB, num_files, folder), (LMDB, small, folder), memory_gb)
+        case.peak_bytes[LMDB] = peak_memory(build, (num_files, folder), (small, folder), memory_gb)
 
 
 def run_read(

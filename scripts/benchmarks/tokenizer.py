@@ -122,7 +122,7 @@ def diffusers(batch: int, side: int, mode: str | None) -> Callable:
 def build(name: str, batch: int, side: int, folder: str | None, mode: str | None) -> Callable:
     torch.manual_seed(0)
     if folder is not None:
-        return {"rosinality": rosinality}[name](batch, side, mode, folder)
+        return rosinality(batch, side, mode, folder)
     return {OURS: ours, "diffusers VQModel": diffusers}[name](batch, side, mode)
 
 
