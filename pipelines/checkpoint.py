@@ -162,8 +162,13 @@ def plain_weights(model: Tokenizer | Prior) -> dict[str, Tensor]:
 
 def fingerprint(model: Tokenizer | Prior) -> str:
     """sha256 of a model's configuration and weights: equal exactly where codes mean the same."""
-    digest = hashlib.sha256(json.dumps(model_config(model), sort_keys=True).encode())
-    for name, tensor in sorted(plain_weights(model).items()):
+    return weights_digest(plain_weights(model), json.dumps(model_config(model), sort_keys=True))
+
+
+def weights_digest(tensors: dict[str, Tensor], config: str = "") -> str:
+    """sha256 of a configuration and of named tensors."""
+    digest = hashlib.sha256(config.encode())
+    for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())

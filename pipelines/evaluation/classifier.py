@@ -1,6 +1,5 @@
 """A small classifier of a data set's own classes: a feature space where Inception cannot be had, or does not suit."""
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipelines.batches import read_batch
+from pipelines.checkpoint import weights_digest
 from pipelines.evaluation.cache import cached
 from pipelines.evaluation.features import FeatureNetwork
 from pipelines.metrics import NotMeasurableError
@@ -121,13 +121,3 @@ def _accuracy(network: FeatureNetwork, images) -> float:
         batch = read_batch(images, range(start, min(start + 500, len(images))))
         correct += (network(batch["image"])[1].argmax(dim=1) == batch["label"]).sum().item()
     return correct / len(images)
-
-
-def weights_digest(tensors: dict[str, Tensor]) -> str:
-    """sha256 of named tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipelines.evaluation.classifier import weights_digest
+from pipelines.checkpoint import weights_digest
 from pipelines.evaluation.features import FeatureNetwork, fidelity
 from pipelines.metrics import NotMeasurableError
 from pipelines.seeding import own_randomness
