@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.batches import read_batch
 from pipelines.images import DataConfig, ImageDataset, load_images
 from pipelines.metrics import NotMeasurableError
 
@@ -44,23 +43,7 @@ class NoiseImages:
         return batch
 
 
-class Unlabelled:
-    """Another data set whose labels, of classes that the model does not have, are left out."""
-
-    def __init__(self, images: ImageDataset):
-        self.images, self.identity = images, images.identity
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, keys: list[int]) -> dict[str, Tensor]:
-        batch = read_batch(self.images, keys)
-        return {"image": batch["image"], "label": torch.zeros(len(keys), dtype=torch.int64)}
-
-    collate = staticmethod(NoiseImages.collate)
-
-
-def load_other(name: str, images: ImageDataset) -> NoiseImages | Unlabelled:
+def load_other(name: str, images: ImageDataset) -> NoiseImages | ImageDataset:
     """Another data set, its test split, prepared as `images` are and at most as many.
 
     Args:
@@ -82,7 +65,7 @@ def load_other(name: str, images: ImageDataset) -> NoiseImages | Unlabelled:
     other = load_images(config, "test")
     if other.identity["content"] == images.identity["content"]:
         raise ValueError(f"'{name}' holds the very images that the model is evaluated on; name another data set")
-    return Unlabelled(other)
+    return other
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
