@@ -40,12 +40,10 @@ def cached(
 
 
 def _read(entry: Path, protocol: dict) -> dict[str, Tensor] | None:
-    if not entry.is_dir():
-        return None
     try:
         check_manifest(entry)
         if read_json(entry / PROTOCOL_NAME) != protocol:
             return None
-    except (ValueError, OSError):  # damaged: it is made again
+    except (ValueError, OSError):  # not there, or damaged: it is made anew
         return None
     return load_file(entry / TENSORS_NAME)

@@ -5,7 +5,6 @@ import pickle
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from safetensors import SafetensorError
@@ -108,7 +107,7 @@ def read_weights(weights: str, url: str) -> dict[str, Tensor]:
                 return torch.hub.load_state_dict_from_url(
                     url, map_location="cpu", progress=False, check_hash=True, weights_only=True
                 )
-        except (URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
             raise NotMeasurableError(
                 f"{url} cannot be downloaded ({type(error).__name__}: {_short(error)}). Without a network, fetch it "
                 f"elsewhere and put it into {torch.hub.get_dir()}/checkpoints"
