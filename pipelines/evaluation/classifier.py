@@ -112,7 +112,7 @@ def _train(classifier: Classifier, images, seed: int) -> Classifier:
         F.cross_entropy(logits, batch["label"]).backward()
         optimizer.step()
         schedule.step()
-    return classifier.eval()
+    return classifier
 
 
 def _accuracy(network: FeatureNetwork, images) -> float:

@@ -1,5 +1,6 @@
 """Feature spaces in which sets of images are compared, and the statistics of a data set in them."""
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,7 @@ class Reference:
 def batches(dataset, batch_size: int, description: str) -> Iterator[Tensor]:
     """The images of a data set, with a progress bar."""
     for start in tqdm(range(0, len(dataset), batch_size), desc=description, unit="batch", disable=None):
-        keys = list(range(start, min(start + batch_size, len(dataset))))
-        yield read_batch(dataset, keys)["image"]
+        yield read_batch(dataset, range(start, min(start + batch_size, len(dataset))))["image"]
 
 
 def extract(network: FeatureNetwork, images: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -132,8 +132,6 @@ def precision_recall(samples: Tensor, reference: Tensor) -> tuple[float, float]:
 
 def fidelity(module: str):
     """A module of torch-fidelity, which takes seconds to import."""
-    import importlib
-
     try:
         return importlib.import_module(f"torch_fidelity.{module}")
     except ImportError as error:

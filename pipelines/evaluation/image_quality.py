@@ -109,16 +109,14 @@ class Neighbours:
 
 
 @torch.inference_mode()
-def nearest_images(
-    queries: Tensor, dataset, *, num_neighbours: int = NUM_NEIGHBOURS, batch_size: int = 1024, device=None
-) -> Neighbours:
-    """The nearest neighbours of images (Q, C, H, W) in a data set, by exhaustive search.
+def nearest_images(queries: Tensor, dataset, *, batch_size: int = 1024, device=None) -> Neighbours:
+    """The `NUM_NEIGHBOURS` nearest of images (Q, C, H, W) in a data set, by exhaustive search.
 
     The distance is the root of the mean squared difference of pixels in [0, 1], at 32 pixels or less.
     """
     queries = at_most(queries.float().to(device), LARGEST_SIDE).flatten(1)
     half_squares = queries.square().sum(dim=1, keepdim=True) / 2
-    best = torch.full((len(queries), 0), 0.0, device=queries.device)
+    best = torch.zeros((len(queries), 0), device=queries.device)
     indices = torch.zeros((len(queries), 0), dtype=torch.int64, device=queries.device)
     start = 0
     for batch in batches(dataset, batch_size, "nearest training images"):
@@ -127,7 +125,7 @@ def nearest_images(
         distances = torch.addmm(half_squares + images.square().sum(dim=1) / 2, queries, images.T, alpha=-1)
         own = torch.arange(start, start + len(images), device=queries.device).expand(len(queries), -1)
         best, indices = torch.cat([best, distances], dim=1), torch.cat([indices, own], dim=1)
-        best, order = best.topk(min(num_neighbours, best.shape[1]), largest=False)
+        best, order = best.topk(min(NUM_NEIGHBOURS, best.shape[1]), largest=False)
         indices, start = indices.gather(1, order), start + len(images)
     return Neighbours((2 * best.clamp(min=0) / queries.shape[1]).sqrt().cpu(), indices.cpu())
 

@@ -118,8 +118,7 @@ def log_likelihoods(
         tqdm(total=len(starts) * num_draws, desc="likelihood", unit="pass", disable=None if progress else True) as bar,
     ):
         for start in starts:
-            keys = list(range(start, min(start + batch_size, len(dataset))))
-            batch = read_batch(dataset, keys)
+            batch = read_batch(dataset, range(start, min(start + batch_size, len(dataset))))
             labels = None if label_of is None else label_of[batch["label"]]
             parts.append(_of_batch(pipeline, batch["image"], labels, num_draws, bar.update))
     return LogLikelihoods(*(torch.cat(column) for column in zip(*parts)))
