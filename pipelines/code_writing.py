@@ -107,7 +107,7 @@ def write_codes(
     num_workers: int = 0,
     progress: bool = True,
     overwrite: bool = False,
-) -> "CodeDataset":
+) -> CodeDataset:
     """Encodes every image of `dataset`, in its deterministic view, into the code store `folder`.
 
     A finished store of the same tokenizer, split, data and classes is used as it is; an interrupted one is continued.
@@ -156,7 +156,8 @@ def write_codes(
             rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
             device = accelerator.device if accelerator else _device(tokenizer)
             batches = _batches(plan, parts[rank::world], batch_size)
-            loader = _show(_load(dataset, batches, num_workers), len(batches), progress and rank == 0)
+            silent = None if progress and rank == 0 else True  # None: in a terminal only
+            loader = tqdm(_load(dataset, batches, num_workers), desc="encoding", unit="batch", disable=silent)
             rows = _encode(tokenizer.to(device), zip(batches, loader), device)
             fewer = f"--run RUN --split {split} --batch_size {max(1, batch_size // 2)}"
             with naming_memory(f"encoding {batch_size} images at a time; run scripts/extract_codes.py {fewer}"):
@@ -289,11 +290,6 @@ def _load(dataset: ImageDataset, batches: list[range], num_workers: int) -> Data
         num_workers=num_workers,
         generator=torch.Generator(),  # the loader would draw from the global one
     )
-
-
-def _show(loader: DataLoader, num_batches: int, progress: bool) -> Iterator[dict]:
-    """The batches, with a bar. The bar counts those of this process."""
-    yield from tqdm(loader, total=num_batches, desc="encoding", unit="batch", disable=None if progress else True)
 
 
 def _encode(
