@@ -172,19 +172,20 @@ class CodeDataset(Dataset):
         return arrays
 
     def _verify(self) -> None:
-        files = self._entry("files", dict)
         for (path, _, _, limit), array in zip(self._expected(), self._arrays):
-            entry = files.get(path.name)
-            if not isinstance(entry, dict):
-                raise ValueError(f"{self.folder / SPEC} has no checksum of {path.name}")
-            check_file(path, size=entry.get("bytes"), sha256=entry.get("sha256"))
+            self._check_file(path)
             for start in range(0, self.count, 65536):
                 rows = array[start : start + 65536]
                 if rows.min() < 0 or rows.max() >= limit:
                     raise ValueError(f"{path} must lie in [0, {limit}), it holds {rows.min()} to {rows.max()}")
         if self.has_captions:
-            entry = files[CAPTIONS] if isinstance(files[CAPTIONS], dict) else {}
-            check_file(self.folder / CAPTIONS, size=entry.get("bytes"), sha256=entry.get("sha256"))
+            self._check_file(self.folder / CAPTIONS)
+
+    def _check_file(self, path: Path) -> None:
+        entry = self._entry("files", dict).get(path.name)
+        if not isinstance(entry, dict):
+            raise ValueError(f"{self.folder / SPEC} has no checksum of {path.name}")
+        check_file(path, size=entry.get("bytes"), sha256=entry.get("sha256"))
 
     def __len__(self) -> int:
         return self.count
