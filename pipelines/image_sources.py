@@ -329,9 +329,8 @@ class TorchvisionSource(Source):
             choices, brings_test = [{"split": name} for name in names], True
         else:
             choices, brings_test = [{}], False
-        self.carved = (
-            () if brings_test and split == "test" else (("validation",) if brings_test else ("test", "validation"))
-        )
+        missing = ("validation",) if brings_test else ("test", "validation")
+        self.carved = () if brings_test and split == "test" else missing
         self.dataset = _construct(cls, choices, root, parameters, download)
         self.class_names = self._find_class_names()
 
@@ -379,14 +378,10 @@ def _construct(cls: type, choices: list[dict], root: Path, parameters, download:
     can_download = "download" in parameters or cls.__name__ in ("EMNIST", "QMNIST")
     root.mkdir(parents=True, exist_ok=True)
     with _download_lock(root):
-        try:
-            return _first_accepted(cls, choices, arguments)
-        except (RuntimeError, OSError) as error:  # not there, or not whole
-            reason = error
-        if can_download and download:
+        for further in [{}, {"download": True}] if can_download and download else [{}]:
             try:
-                return _first_accepted(cls, choices, {**arguments, "download": True})
-            except (RuntimeError, OSError) as error:
+                return _first_accepted(cls, choices, arguments | further)
+            except (RuntimeError, OSError) as error:  # not there, or not whole
                 reason = error
     raise ValueError(
         f"torchvision's {cls.__name__} is not in {root.absolute()} and was not downloaded "

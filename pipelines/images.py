@@ -140,7 +140,7 @@ def load_images(config: DataConfig, split: Split | Literal["all"]) -> "ImageData
     return ImageDataset(source, _choose(source, config, split), config, split)
 
 
-def _choose(source: "Source", config: DataConfig, split: str) -> np.ndarray:
+def _choose(source: Source, config: DataConfig, split: str) -> np.ndarray:
     """Sorted indices of the images of a split."""
     indices = np.arange(len(source))
     if source.carved:
