@@ -8,7 +8,7 @@ from pipelines.comparison.entries import check_models
 from pipelines.comparison.findings import check_same_data
 from pipelines.comparison.running import RESULT, Member, Runner
 from pipelines.config import read_yaml
-from pipelines.evaluation.evaluate import GROUPS, check_numbers
+from pipelines.evaluation.evaluate import check_groups, check_numbers
 from pipelines.evaluation.pretrained import inception_features, lpips_network
 from pipelines.evaluation.protocol import comparable, pixels_of, protocol_differences
 from pipelines.files import read_json
@@ -78,8 +78,7 @@ def check_options(evaluation: dict) -> None:
     """Raises ValueError where evaluate.py would not take its options."""
     check_numbers(**{name: evaluation[name] for name in ("num_draws", "num_samples", "batch_size")})
     check_seed(evaluation["seed"])
-    if evaluation["metrics"] == []:
-        raise ValueError(f"metrics must name at least one group of {', '.join(GROUPS)}; leave it out for all")
+    check_groups(evaluation["metrics"])
 
 
 def check_weights(evaluation: dict) -> None:

@@ -110,9 +110,9 @@ def evaluate(
             can be measured.
     """
     check_numbers(num_draws=num_draws, num_samples=num_samples, batch_size=batch_size, seed=seed)
-    _check_arguments(metrics, images, train_images)
-    if not (metrics is None or metrics or ood):
-        raise ValueError(f"metrics must name at least one group of {', '.join(GROUPS)}; leave it out for all")
+    check_groups(metrics, ood)
+    if train_images is not None and train_images.preprocessing != images.preprocessing:
+        raise ValueError("the training images were prepared in another way than those to evaluate; load both alike")
     short_names = _short_names(ood)
     chosen = set(GROUPS if metrics is None else metrics)
     folder, cache = (None if path is None else Path(path) for path in (folder, cache))
@@ -151,12 +151,13 @@ def check_numbers(**numbers: int) -> None:
             raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
 
 
-def _check_arguments(metrics: Sequence[str] | None, images, train_images) -> None:
+def check_groups(metrics: Sequence[str] | None, ood: Sequence[str] = ()) -> None:
+    """Raises ValueError for metrics that are no groups, or for none where no other data sets are given."""
     for group in metrics or ():
         if group not in GROUPS:
             raise ValueError(f"there are no metrics '{group}'{nearest_known(group, GROUPS)}")
-    if train_images is not None and train_images.preprocessing != images.preprocessing:
-        raise ValueError("the training images were prepared in another way than those to evaluate; load both alike")
+    if not (metrics is None or metrics or ood):
+        raise ValueError(f"metrics must name at least one group of {', '.join(GROUPS)}; leave it out for all")
 
 
 def _short_names(ood: Sequence[str]) -> dict[str, str]:
