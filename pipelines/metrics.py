@@ -21,8 +21,12 @@ def bits_per_dim(nats: Tensor | float, num_dims: int) -> Tensor | float:
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image, (B,) in dB, for images in [0, 1]; at most 100 dB (equal images)."""
-    mse = (images - targets).square().flatten(1).mean(dim=1)
-    return -10 * torch.log10(mse.clamp_min(1e-10))
+    return -10 * torch.log10(squared_error(images, targets).clamp_min(1e-10))
+
+
+def squared_error(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean over pixels and channels, (B,)."""
+    return (images - targets).square().flatten(1).mean(dim=1)
 
 
 def codebook_usage(counts: Tensor) -> float:

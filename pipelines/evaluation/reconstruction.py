@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipelines.batches import derived_seed
 from pipelines.evaluation.features import FeatureNetwork, batches
 from pipelines.evaluation.pretrained import SMALLEST_LPIPS_SIDE
-from pipelines.metrics import CodeCounts, NotMeasurableError, psnr
+from pipelines.metrics import CodeCounts, NotMeasurableError, psnr, squared_error
 from prior.base import Codes
 from prior.float64 import in_float64
 
@@ -93,11 +93,6 @@ def count_positions(tables: list[Tensor | None], codes: Codes) -> None:
         if table is not None:
             entries = code.flatten(1).cpu() + torch.arange(len(table)) * table.shape[1]
             table.view(-1).index_add_(0, entries.flatten(), torch.ones_like(entries).flatten())
-
-
-def squared_error(images: Tensor, targets: Tensor) -> Tensor:
-    """Mean over pixels and channels, (B,)."""
-    return (images - targets).square().flatten(1).mean(dim=1)
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
