@@ -155,7 +155,7 @@ def save_neighbours(samples: Tensor, neighbours: Neighbours, dataset, path: Path
     """
     order = neighbours.distances[: len(samples), 0].argsort()
     nearest = order[:NUM_SHOWN]
-    others = torch.arange(len(samples))[~torch.isin(torch.arange(len(samples)), nearest)][:NUM_SHOWN]
+    others = order[NUM_SHOWN:].sort().values[:NUM_SHOWN]
     blocks = []
     for shown in (nearest, others):
         if len(shown) == len(nearest):  # whole rows only
