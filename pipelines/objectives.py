@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.codes import CodeDataset
-from pipelines.metrics import MOST_COUNTED, CodeCounts, psnr
+from pipelines.metrics import MOST_COUNTED, CodeCounts, psnr, squared_error
 from prior.base import Prior
 from tokenizer.base import Tokenizer
 from tokenizer.quantizers.base import Quantizer
@@ -77,7 +77,7 @@ class TokenizerLoss(Objective):
         self.evaluation_counts.add(output.codes)
         return {
             **self.model.scores(images, output),
-            "mse": (output.images - images).square().flatten(1).mean(dim=1),
+            "mse": squared_error(output.images, images),
             "psnr": psnr(output.images, images),
         }
 
