@@ -119,11 +119,12 @@ def main() -> Outcome | None:
     if isinstance(listed, list) and len(listed) != num_draws:  # all of them: a process sees those of its share alone
         what, each = (f"{num_draws} rows of {size} images", "row") if local else (f"{num_draws} images", "image")
         raise ValueError(f"got {len(listed)} labels or prompts for {what}; give one per {each}, or one for all")
-    if config["animation"] is not None and (shards.num_processes > 1 or num_images > config["batch_size"]):
-        raise ValueError("an animation shows one batch of one process; raise batch_size or lower num_images")
+    recording = None
     if config["animation"] is not None:
+        if shards.num_processes > 1 or num_images > config["batch_size"]:
+            raise ValueError("an animation shows one batch of one process; raise batch_size or lower num_images")
         check_geometry(pipeline.tokenizer)  # before anything is drawn
-    recording = None if config["animation"] is None else CodeRecording(pipeline.prior.spec)
+        recording = CodeRecording(pipeline.prior.spec)
 
     share = shards.share(num_draws)
     labels, prompts = ([x[i] for i in share] if isinstance(x, list) and len(x) == num_draws else x
