@@ -113,29 +113,26 @@ def main() -> Outcome | None:
     )
 
     # Model folder
-    outcome = None
-    if accelerator.is_main_process:
-        prior = build_prior({**config["prior"], **implied})
-        prior.load_state_dict(result.weights)
-        in_place = folder.resolve() == run.resolve()
-        if in_place and fingerprint(load_tokenizer(run / "tokenizer")) != fingerprint(tokenizer):
-            raise ValueError(
-                f"the tokenizer in {run} was trained anew while this prior trained on the old one's codes, so they are "
-                f"no pipeline; for a prior over the new codes, give another --output, or remove {folder / 'stage_two'}"
-            )
-        if not in_place:
-            save_model(tokenizer, folder / "tokenizer")
-            adopt_data_section(run, folder)
-        save_model(prior, folder / "prior")
-        if condition.text_tokenizer is not None:
-            condition.text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
-        save_stage_two(
-            folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics, condition.text_tokenizer
+    if not accelerator.is_main_process:
+        return None
+    prior = build_prior({**config["prior"], **implied})
+    prior.load_state_dict(result.weights)
+    in_place = folder.resolve() == run.resolve()
+    if in_place and fingerprint(load_tokenizer(run / "tokenizer")) != fingerprint(tokenizer):
+        raise ValueError(
+            f"the tokenizer in {run} was trained anew while this prior trained on the old one's codes, so they are "
+            f"no pipeline; for a prior over the new codes, give another --output, or remove {folder / 'stage_two'}"
         )
-        pictures = [str(save_samples(prior, tokenizer, folder / "samples.png", captions=condition.captions))]
-        following = {"pictures": pictures, "next": shlex.join(["python", "scripts/evaluate.py", "--run", str(folder)])}
-        outcome = Outcome({"output": str(folder), **result.summary(), **following})
-    return outcome
+    if not in_place:
+        save_model(tokenizer, folder / "tokenizer")
+        adopt_data_section(run, folder)
+    save_model(prior, folder / "prior")
+    if condition.text_tokenizer is not None:
+        condition.text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER)
+    save_stage_two(folder, tokenizer.cpu(), prior, train_codes.class_names, result.metrics, condition.text_tokenizer)
+    pictures = [str(save_samples(prior, tokenizer, folder / "samples.png", captions=condition.captions))]
+    following = {"pictures": pictures, "next": shlex.join(["python", "scripts/evaluate.py", "--run", str(folder)])}
+    return Outcome({"output": str(folder), **result.summary(), **following})
 
 
 if __name__ == "__main__":
