@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -121,7 +121,7 @@ def _nearest_field(name: str, known: list[str]) -> str:
     return f"; did you mean '{found[0]}'? --help lists every field" if found else "; --help lists every field"
 
 
-class Polymorphic:
+class Polymorphic(NamedTuple):
     """A section whose fields depend on its "type": one model of a registry, with the parts it is made of.
 
     Args:
@@ -129,9 +129,8 @@ class Polymorphic:
         default: the type when none is given.
     """
 
-    def __init__(self, registry: dict[str, type], default: str):
-        self.registry = registry
-        self.default = default
+    registry: dict[str, type]
+    default: str
 
 
 def parse(
