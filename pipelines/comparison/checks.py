@@ -31,12 +31,11 @@ def check_before(members: Sequence[Member], runner: Runner, data: dict | None = 
     options = runner.evaluation
     check_options(options)
     missing = {member.name: runner.missing(member) for member in members}
-    runs = [member for member in members if member.entry is None]
     results = {member.name: read_json(member.folder / RESULT) for member in members if not missing[member.name]}
     data_of = {
         member.name: results[member.name]["data"] if member.name in results else data_to_come(member, options["split"])
         for member in members
-        if member.name in results or member in runs
+        if member.name in results or member.entry is None
     }
     check_same_data(data_of)
     comparable(results)
