@@ -208,8 +208,6 @@ def _lines_of_equal_sum(axes: _Axes, label: str, taken: list[Box]) -> str:
     for total in ticks((x_low + y_low, x_high + y_high), about=8)[1:-1]:
         left = (x_low, total - x_low) if total - x_low <= y_high else (total - y_high, y_high)
         right = (total - y_low, y_low) if total - y_low <= x_high else (x_high, total - x_high)
-        if right[0] <= left[0]:
-            continue
         (x1, y1), (x2, y2) = axes.place(*left), axes.place(*right)
         parts.append(f"<line class='iso' x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'/>")
         text = f"{label} {number(total)}"
