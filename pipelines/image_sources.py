@@ -41,7 +41,8 @@ class Source(ABC):
 
     where: for messages. class_names: empty if there are no labels. carved: the splits to be carved out of these images,
     empty when all of them are the split asked for. probe_count: how many images a look at the data takes in.
-    thread_safe: whether several threads may read at once. has_captions: whether images have captions.
+    thread_safe: whether several threads may read at once. has_captions: whether images have captions, which
+    `caption` then gives by number.
     unused_captions: why what seem to be captions are not used, None where there are none such.
     """
 
@@ -63,10 +64,6 @@ class Source(ABC):
     @abstractmethod
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The decoded image and its label (0 if there are none)."""
-
-    def caption(self, index: int) -> str:
-        """The caption of an image, where there are captions."""
-        raise NotImplementedError(f"{self.where} has no captions")
 
     def probe(self, index: int) -> Probe:
         image, label = self.read(index)
