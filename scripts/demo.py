@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import parse
+from pipelines.demo.actions import Limits
+from pipelines.demo.server import check_port, import_gradio, serve
+from pipelines.pipeline_index import INDEX_NAME
 from pipelines.runs import find_run, load_pipeline
 from pipelines.scripting import choose_device, refuse_several_processes, run_script
 
@@ -43,10 +46,6 @@ class Options:
 def main() -> None:
     refuse_several_processes()
     config = parse(__doc__, {}, Options)
-    from pipelines.demo.actions import Limits
-    from pipelines.demo.server import check_port, import_gradio, serve
-    from pipelines.pipeline_index import INDEX_NAME
-
     limits = Limits(**{name: config[name] for name in Limits.__dataclass_fields__})
     device = choose_device(config["device"])
     run = find_run(None, INDEX_NAME) if config["run"] is None else config["run"]
