@@ -22,7 +22,7 @@ from pipelines.comparison import progress as progress_module
 from pipelines.comparison.checks import check_before
 from pipelines.comparison.entries import Entry, check_models, read_entries, resolve
 from pipelines.comparison.progress import Progress, duration
-from pipelines.comparison.running import IN_WORDS, Runner, members_of
+from pipelines.comparison.running import IN_WORDS, Runner, _steps_done, members_of
 from pipelines.config import differences, read_yaml
 from pipelines.files import write_json_atomic
 from pipelines.images import DataConfig, load_images
@@ -622,6 +622,12 @@ def test_without_any_experience_no_time_is_promised():
     assert progress.seconds_left() is None
     assert "left" not in progress.times()
     progress.close()
+
+
+def test_a_line_of_a_log_that_is_half_written_tells_no_step(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 100, "train/nll": 1.0}\n{"step": 12')
+    assert _steps_done(log) == 100
 
 
 def test_durations_are_read_by_people():
