@@ -514,6 +514,15 @@ def test_damaged_and_missing_captions_are_named(finished, tmp_path):
     assert CodeDataset(store).captions == scenes().captions
 
 
+def test_captions_without_a_checksum_are_named(finished, tmp_path):
+    store = shutil.copytree(finished, tmp_path / "codes")
+    spec = json.loads((store / "spec.json").read_text())
+    spec["files"]["captions.jsonl"] = None
+    (store / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=r"spec\.json has no checksum of captions\.jsonl"):
+        CodeDataset(store)
+
+
 def test_a_store_of_other_captions_is_refused_and_replaced_only_if_asked(finished, tmp_path):
     store = shutil.copytree(finished, tmp_path / "codes")
     with pytest.raises(ValueError, match="already holds other codes"):
