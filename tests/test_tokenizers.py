@@ -547,6 +547,18 @@ def test_networks_scale_by_their_factor_and_use_every_parameter(name, factor):
     assert all(p.grad is not None for p in [*encoder.parameters(), *decoder.parameters()])
 
 
+@pytest.mark.parametrize("factor", [1, 2, 8])
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_a_decoder_is_a_sequence_that_ends_in_a_layer_with_a_bias(name, factor):
+    decoder = build("network", NETWORKS, {"type": name, **tiny.NETWORKS[name]}).decoder(5, 7, factor)
+    assert isinstance(decoder, nn.Sequential)
+    with torch.no_grad():
+        decoder[-1].weight.zero_()
+        decoder[-1].bias.copy_(torch.arange(7))
+        y = decoder(torch.randn(2, 5, 2, 3))
+    assert y.equal(torch.arange(7.0)[:, None, None].expand_as(y))
+
+
 @pytest.mark.parametrize("factor", [0, 3, -2])
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_networks_refuse_factors_that_are_no_power_of_two(name, factor):
