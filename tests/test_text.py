@@ -33,7 +33,11 @@ from tests.test_scripts import SHORT, TINY_PRIOR, TINY_TOKENIZER, launch, run
 from tokenizer.base import Tokenizer
 
 SPEC = CodeSpec(((1, 2), (2, 2)), (3, 2))
-POSITIONS = ["learned", "rotary", "rotary_2d"]
+# By variant: (prior, options)
+VARIANTS = {
+    **{positions: ("gpt", {"positions": positions}) for positions in ("learned", "rotary", "rotary_2d")},
+    **{name: (name, {}) for name, prior in PRIORS.items() if prior.takes_text and name != "gpt"},
+}
 VOCAB_SIZE, LENGTH = 6, 3
 TEXT = {"text_vocab_size": VOCAB_SIZE, "max_text_length": LENGTH}
 EMPTY = [PADDING] * LENGTH
@@ -41,10 +45,11 @@ EMPTY = [PADDING] * LENGTH
 CAPTIONS = torch.tensor([[0, 5, 2], [4, 1, PADDING], [1, 4, PADDING], EMPTY])
 
 
-def build(positions="learned", spec=SPEC, **options):
-    """The tiny GPT with captions, with parameters far from their initial values."""
-    config = {"positions": positions, "spec": spec, **TEXT, **tiny.PRIORS["gpt"], **options}
-    prior = PRIORS["gpt"](PRIORS["gpt"].Config(**config))
+def build(variant="learned", spec=SPEC, **options):
+    """The tiny prior with captions, a GPT by default, with parameters far from their initial values."""
+    name, of_variant = VARIANTS[variant]
+    config = {"spec": spec, **TEXT, **tiny.PRIORS[name], **of_variant, **options}
+    prior = PRIORS[name](PRIORS[name].Config(**config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in prior.parameters():
@@ -74,23 +79,23 @@ def distribution(prior, caption):
 
 
 @pytest.mark.parametrize("caption", CAPTIONS.tolist(), ids=str)
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_probabilities_given_a_caption_sum_to_one(positions, caption):
-    assert distribution(build(positions), caption).sum().item() == pytest.approx(1, abs=1e-5)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_probabilities_given_a_caption_sum_to_one(variant, caption):
+    assert distribution(build(variant), caption).sum().item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_each_word_its_place_and_the_length_of_a_caption_matter(positions):
-    prior = build(positions)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_each_word_its_place_and_the_length_of_a_caption_matter(variant):
+    prior = build(variant)
     variants = [*CAPTIONS.tolist(), [0, 5, 3], [0, 4, 2], [1, 5, 2], [4, PADDING, PADDING]]
     for one, other in itertools.combinations(variants, 2):
         assert (distribution(prior, one) - distribution(prior, other)).abs().sum() > 0.01, (one, other)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_cached_logits_equal_those_of_the_full_pass_at_every_position(positions):
-    prior, codes = build(positions), random_codes(4)
+def test_cached_logits_equal_those_of_the_full_pass_at_every_position(variant):
+    prior, codes = build(variant), random_codes(4)
     full = [logits for level in prior.logits(codes, CAPTIONS) for logits in level.unbind(1)]
     steps, sent = prior.steps(CAPTIONS), None
     for expected, code in zip(full, SPEC.flatten(codes).unbind(1), strict=True):
@@ -99,10 +104,10 @@ def test_cached_logits_equal_those_of_the_full_pass_at_every_position(positions)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_the_sample_equals_that_of_a_loop_over_full_passes_with_and_without_the_caption(positions, scale):
-    prior = build(positions)
+def test_the_sample_equals_that_of_a_loop_over_full_passes_with_and_without_the_caption(variant, scale):
+    prior = build(variant)
     sequence = torch.zeros(4, SPEC.length, dtype=torch.int64)
     uniform = ImageNoise(4, torch.Generator().manual_seed(5), torch.device("cpu")).uniform(SPEC.length)
     for i in range(SPEC.length):
@@ -185,9 +190,9 @@ def test_training_drops_captions_as_often_as_asked_and_log_prob_never():
     assert ((mixed - given_caption) / (without - given_caption)).item() == pytest.approx(0.25, abs=0.025)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_every_parameter_receives_a_gradient(positions):
-    prior = build(positions, class_dropout=0.0).train()
+@pytest.mark.parametrize("variant", [variant for variant, (name, _) in VARIANTS.items() if name == "gpt"])
+def test_every_parameter_receives_a_gradient(variant):
+    prior = build(variant, class_dropout=0.0).train()
     prior(random_codes(4), CAPTIONS)["nll"].backward()
     assert [n for n, p in prior.named_parameters() if p.grad is None or not p.grad.any()] == []
     used = prior.model.embed_tokens.weight.grad[6:].any(1)  # ids 0-5, then the padding of places 0-2
