@@ -166,11 +166,10 @@ def fill_from_around(images: Tensor, mask: Tensor) -> Tensor:
 
     Whatever they held, the result is the same. An image that is masked altogether becomes grey.
     """
-    known = (~mask).float()
-    # where, not a product: what is masked may be anything, not-a-number included
-    values = torch.where(mask, torch.zeros_like(images), images)
-    values = torch.where(mask.flatten(1).all(dim=1)[:, None, None, None], 0.5, values)
-    known = torch.where(mask.flatten(1).all(dim=1)[:, None, None, None], 1.0, known)
+    altogether = mask.flatten(1).all(dim=1)[:, None, None, None]
+    known = (~mask | altogether).float()
+    # filled, not multiplied: what is masked may be anything, not-a-number included
+    values = images.masked_fill(mask, 0.0).masked_fill(altogether, 0.5)
     while (known == 0).any():
         weights = F.avg_pool2d(known, 3, stride=1, padding=1)
         means = F.avg_pool2d(values * known, 3, stride=1, padding=1) / weights.clamp(min=1 / 9)
