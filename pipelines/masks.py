@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.image_sources import readable_formats
-from pipelines.preprocessing import covering_size, crop, in_eight_bits, load, naming_image, to_mode, upright
+from pipelines.preprocessing import center, covering_size, in_eight_bits, load, naming_image, to_mode, upright
 from tokenizer.base import Tokenizer
 
 HALVES = ("top", "bottom", "left", "right")
@@ -76,7 +76,7 @@ def _from_picture(picture: Image.Image, preprocessing: dict) -> Tensor:
         grey = np.asarray(in_eight_bits(picture).convert("L"))
         width, height = covering_size(grey.shape[::-1], preprocessing)
     touched = _touched(_touched(grey >= WHITE, height).T, width).T
-    filled = crop(touched[None], preprocessing["image_size"], lambda slack: slack // 2)
+    filled = center(touched[None], preprocessing)
     if not filled.any():
         raise ValueError(
             f"the mask marks no pixel that is left after cropping: white (255 of 8 bits, 65535 of 16) marks what is to "
@@ -103,9 +103,8 @@ def hide(images, mask, tokenizer: Tokenizer):
     if any(isinstance(x, (Tensor, np.ndarray)) for x in (pictures, masks)):
         return images
     preprocessing = tokenizer.config.preprocessing
-    size = {"image_size": tokenizer.config.image_shape[1:], "channels": tokenizer.config.image_shape[0]} | preprocessing
     masks = [*masks] * len(pictures) if len(masks) == 1 else masks
-    return [_hidden(picture, part, size) for picture, part in zip(pictures, masks, strict=True)]
+    return [_hidden(picture, part, preprocessing) for picture, part in zip(pictures, masks, strict=True)]
 
 
 def _hidden(picture: Image.Image, mask: Image.Image, preprocessing: dict) -> Image.Image:
