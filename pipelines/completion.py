@@ -97,10 +97,12 @@ def complete(
     if keep_known_pixels:
         originals, hidden = (x.repeat_interleave(num_candidates, dim=0) for x in (images, mask))
         filled = torch.where(hidden, filled, originals.float())
-    ranked = [None if x is None else x.to(flat.device)[flat].unflatten(0, order.shape)
-              for x in (log_prob, log_weights, None if pipeline.prior.conditional_on_text else labels)]  # fmt: skip
-    weights = None if ranked[1] is None else ranked[1].softmax(dim=1)
-    return Completions(filled, drawn, ranked[0], weights, ranked[2], region)
+    log_prob, log_weights, class_labels = (
+        None if x is None else x.to(flat.device)[flat].unflatten(0, order.shape)
+        for x in (log_prob, log_weights, None if pipeline.prior.conditional_on_text else labels)
+    )
+    weights = None if log_weights is None else log_weights.softmax(dim=1)
+    return Completions(filled, drawn, log_prob, weights, class_labels, region)
 
 
 @torch.no_grad()

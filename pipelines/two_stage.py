@@ -356,13 +356,14 @@ class Pipeline:
         check_geometry(self.tokenizer)
         check_mask_sizes(mask, images)
         pixels = self.prepare(images)
-        filled = as_mask(mask, len(pixels), self.tokenizer).to(pixels.device)
+        hole = as_mask(mask, len(pixels), self.tokenizer).to(pixels.device)
         hidden = hide(images, mask, self.tokenizer)
-        pixels, mask = pixels if hidden is images else self.prepare(hidden), filled
+        if hidden is not images:
+            pixels = self.prepare(hidden)
         generators = candidate_generators(one_generator_each(len(pixels), generator), num_candidates)
         labels = requested_labels(self, class_labels, prompts, len(pixels), generators, num_candidates=num_candidates)
         completions = complete(
-            self, pixels, mask, labels, generators, ranking=ranking, keep_known_pixels=keep_known_pixels,
+            self, pixels, hole, labels, generators, ranking=ranking, keep_known_pixels=keep_known_pixels,
             batch_size=batch_size, **options,
         )  # fmt: skip
         images = completions.codes if output_type == "codes" else as_output_type(completions.images, output_type)
