@@ -10,6 +10,7 @@ from torch import Tensor
 from pipelines.checkpoint import plain_weights, uncompiled
 from pipelines.completion import candidate_generators, gumbel_noise, likelihoods
 from pipelines.drawing import decode_codes, draw_codes, encode_images, progress_bar
+from pipelines.labels import as_list
 from pipelines.masks import check_geometry
 from prior.base import Codes
 from tokenizer.base import Tokenizer
@@ -53,7 +54,7 @@ def check_canvas(
 
 def _whole_pair(values) -> tuple[int, ...]:
     """Two whole numbers, given as a sequence, an array or a tensor; empty where that is not what was given."""
-    values = values.tolist() if hasattr(values, "tolist") else values
+    values = as_list(values)
     is_pair = isinstance(values, Sequence) and len(values) == 2 and all(isinstance(value, Integral) for value in values)
     return tuple(map(int, values)) if is_pair else ()
 
@@ -89,7 +90,7 @@ def outpaint(
     for level, codes, mask, f in zip(encoded, canvas, known, strides):
         place = window_slices(position, image, f)
         codes[:, *place], mask[place] = level, True
-    windows = [corner for corner in corners(size, position, image, stride) if corner != tuple(position)]
+    windows = [corner for corner in corners(size, position, image, stride) if corner != position]
     if labels is not None:
         labels = labels.repeat_interleave(num_candidates, dim=0)
     for corner in progress_bar(pipeline, windows, unit="window", desc="outpainting"):
