@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from pipelines.outputs import to_pil
+from pipelines.outputs import as_output_type
 from pipelines.pictures import PADDING, SMALLEST_SIDE, grid_picture
-from pipelines.preprocessing import load, preprocess_image
+from pipelines.preprocessing import preprocess_image, upright
 from tokenizer.base import Tokenizer
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # that Pillow reads by itself, without other programs
@@ -44,8 +44,7 @@ def open_upload(path: str, *, max_bytes: int, max_pixels: int) -> Image.Image:
             size = f"{picture.width:,} x {picture.height:,} = {picture.width * picture.height:,} pixels"
             raise ValueError(f"{name} has {size}; the limit is {max_pixels:,}. Make it smaller first")
         try:
-            load(picture)
-            return ImageOps.exif_transpose(picture)
+            return upright(picture)
         except MemoryError:
             raise
         except Exception as error:
@@ -73,7 +72,7 @@ def canvas_size(tokenizer: Tokenizer) -> tuple[int, int]:
 
 def on_canvas(image: Tensor, tokenizer: Tokenizer) -> Image.Image:
     """(C, H, W) in [0, 1] as an RGB picture of `canvas_size`."""
-    (picture,) = to_pil(image[None].float().cpu().permute(0, 2, 3, 1).numpy())
+    (picture,) = as_output_type(image[None], "pil")
     return picture.convert("RGB").resize(canvas_size(tokenizer), Image.Resampling.NEAREST)
 
 
@@ -105,9 +104,7 @@ def painted_mask(strokes: Sequence[Image.Image], tokenizer: Tokenizer) -> Tensor
 
 
 def _of_canvas_size(layer: Image.Image, tokenizer: Tokenizer) -> Image.Image:
-    layer = layer.convert("RGBA")
-    size = canvas_size(tokenizer)
-    return layer if layer.size == size else layer.resize(size, Image.Resampling.NEAREST)
+    return layer.convert("RGBA").resize(canvas_size(tokenizer), Image.Resampling.NEAREST)
 
 
 class Sheet(NamedTuple):
