@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from pipelines.batches import read_batch, to_device
 from pipelines.objectives import Objective
+from prior.base import evaluating
 from prior.float64 import in_float64
 
 
@@ -19,8 +20,6 @@ def validate(accelerator: Accelerator, module: nn.Module, dataset: Dataset, batc
     Each process takes every num_processes-th image.
     """
     objective: Objective = accelerator.unwrap_model(module)
-    was_training = module.training
-    module.eval()
     indices = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     size = max(1, batch_size // accelerator.num_processes)
     passes = math.ceil(math.ceil(len(dataset) / accelerator.num_processes) / size)
@@ -32,12 +31,11 @@ def validate(accelerator: Accelerator, module: nn.Module, dataset: Dataset, batc
         for name, value in module(to_device(batch, accelerator.device)).items():
             sums[name] = sums.get(name, 0) + weight * in_float64(value).sum()
 
-    for _ in range(passes - len(parts)):  # sharded models need equally many passes on every process
-        add(range(1), weight=0)
-    objective.start_evaluation()
-    for part in parts:
-        add(part, weight=1)
-    means = {name: (accelerator.reduce(total, "sum") / len(dataset)).item() for name, total in sums.items()}
-    means |= objective.summary()
-    module.train(was_training)
-    return means
+    with evaluating(module):
+        for _ in range(passes - len(parts)):  # sharded models need equally many passes on every process
+            add(range(1), weight=0)
+        objective.start_evaluation()
+        for part in parts:
+            add(part, weight=1)
+        means = {name: (accelerator.reduce(total, "sum") / len(dataset)).item() for name, total in sums.items()}
+        return means | objective.summary()
