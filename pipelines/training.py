@@ -210,9 +210,10 @@ class _Run:
                 if progress.step % config.log_every == 0 or last:
                     losses = window.mean()
                     loss = sum(value for name, value in losses.items() if not name.endswith("grad_norm"))
-                    values = losses | self.objective.summary() | {"learning_rate": self.learning_rate()}
+                    counted = self.objective.summary()
+                    values = losses | counted | {"learning_rate": self.learning_rate()}
                     values |= window.rate(config.batch_size // config.gradient_accumulation_steps)
-                    bar.set_postfix_str(brief({"loss": loss, **self.objective.summary()}))
+                    bar.set_postfix_str(brief({"loss": loss, **counted}))
                     self.log.write(progress.step, {f"train/{k}": v for k, v in values.items()})
                 paused = time.monotonic()
                 if progress.step % config.eval_every == 0 or last:
@@ -349,9 +350,10 @@ class _Run:
                 if len(self.updates) > 1:  # a generator's loss leaves nothing with the critic that it went through
                     only["inputs"] = [p for p in update.module.parameters() if p.requires_grad]
                 accelerator.backward(sum(losses.values()), **only)
+                losses = {name: loss.detach() for name, loss in losses.items()}
+                self.step_losses[update.name].append(losses)
                 prefix = f"{update.name}/" if len(self.updates) > 1 else ""
-                logged |= {f"{prefix}{name}": loss.detach() for name, loss in losses.items()}
-                self.step_losses[update.name].append({name: loss.detach() for name, loss in losses.items()})
+                logged |= {f"{prefix}{name}": loss for name, loss in losses.items()}
                 if accelerator.sync_gradients:
                     norm = self._clip(update)
                     if hasattr(norm, "full_tensor"):  # of FSDP 2: each process's part
