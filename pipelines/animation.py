@@ -14,6 +14,7 @@ from prior.base import Codes, CodeSpec
 from tokenizer.base import Tokenizer
 
 NUM_STAND_INS = 64  # codes, the mean of whose vectors stands for one that is not there yet
+SECONDS = 6.0  # until they are all there
 LAST_SECONDS = 1.5  # that the finished images stay
 
 
@@ -90,9 +91,7 @@ def partial_images(tokenizer: Tokenizer, codes: Codes, arrived: Codes) -> Tensor
 
 
 @torch.no_grad()
-def save_animation(
-    recording: CodeRecording, tokenizer: Tokenizer, path: Path, *, columns: int, seconds: float = 6.0
-) -> Path:
+def save_animation(recording: CodeRecording, tokenizer: Tokenizer, path: Path, *, columns: int) -> Path:
     """Writes a GIF of a grid of images whose codes arrive in the order in which they were drawn.
 
     Raises:
@@ -103,7 +102,7 @@ def save_animation(
     frames = [grid_picture(partial_images(tokenizer, *state), columns) for state in recording.states]
     if frames[0].mode == "RGB":  # a palette of its own for each frame, without the flicker of dithering
         frames = [frame.quantize(256, dither=Image.Dither.NONE) for frame in frames]
-    durations = [round(1000 * seconds / len(frames))] * (len(frames) - 1) + [round(1000 * LAST_SECONDS)]
+    durations = [round(1000 * SECONDS / len(frames))] * (len(frames) - 1) + [round(1000 * LAST_SECONDS)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -104,11 +104,11 @@ def side_by_side(originals: Tensor, reconstructions: Tensor, columns: int) -> Te
 
 
 @torch.no_grad()
-def save_reconstructions(tokenizer: Tokenizer, images: Dataset, path: Path, *, num_images: int = 32) -> Path:
+def save_reconstructions(tokenizer: Tokenizer, images: Dataset, path: Path) -> Path:
     """Writes a grid of images taken evenly from the whole set, the reconstruction of each below it."""
     device = next(tokenizer.parameters()).device
     columns = min(16, len(images))
-    count = min(num_images, len(images)) // columns * columns  # whole rows: each original above its reconstruction
+    count = min(32, len(images)) // columns * columns  # whole rows: each original above its reconstruction
     indices = torch.linspace(0, len(images) - 1, count).long().tolist()
     originals = read_batch(images, indices)["image"].to(device)
     with evaluating(tokenizer):
@@ -118,7 +118,7 @@ def save_reconstructions(tokenizer: Tokenizer, images: Dataset, path: Path, *, n
 
 @torch.no_grad()
 def save_samples(
-    prior: Prior, tokenizer: Tokenizer, path: Path, *, captions: Tensor | None = None, rows: int = 8, seed: int = 0
+    prior: Prior, tokenizer: Tokenizer, path: Path, *, captions: Tensor | None = None, rows: int = 8
 ) -> Path:
     """Writes a grid of samples: one column per class or caption (at most 16 of them), or 8 columns without them.
 
@@ -129,8 +129,7 @@ def save_samples(
     labels = torch.arange(columns).repeat(rows) if prior.num_classes else None
     if prior.conditional_on_text:
         labels = captions[:columns].repeat(rows, 1)
-    generator = torch.Generator().manual_seed(seed)
-    codes = prior.sample(rows * columns, labels, generator=generator)
+    codes = prior.sample(rows * columns, labels, generator=torch.Generator().manual_seed(0))
     device = next(tokenizer.parameters()).device
     images = tokenizer.decode(tuple(code.to(device) for code in codes))
     return save_grid(images, path, columns=columns)
