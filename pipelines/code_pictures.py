@@ -60,15 +60,13 @@ def wrapped(code: Tensor) -> tuple[Tensor, Tensor]:
 def _integer_colours(grid: Tensor, vocab_size: int) -> np.ndarray:
     """(h, w, 3) uint8. Steps of the golden ratio around the circle of hues never come close to an earlier one."""
     if vocab_size == 2:
-        palette = np.array([(40, 40, 48), (236, 232, 214)], dtype=np.uint8)
-    else:
-        codes, places = np.unique(grid.numpy(), return_inverse=True)
-        palette = np.array([
-            colorsys.hsv_to_rgb(i / GOLDEN_RATIO % 1, (0.45, 0.65, 0.85)[i % 3], (0.95, 0.8, 0.65)[i // 3 % 3])
-            for i in codes.tolist()
-        ])  # fmt: skip
-        return (palette * 255).round().astype(np.uint8)[places.reshape(grid.shape)]
-    return palette[grid.numpy()]
+        return np.array([(40, 40, 48), (236, 232, 214)], dtype=np.uint8)[grid.numpy()]
+    codes, places = np.unique(grid.numpy(), return_inverse=True)
+    palette = np.array([
+        colorsys.hsv_to_rgb(i / GOLDEN_RATIO % 1, (0.45, 0.65, 0.85)[i % 3], (0.95, 0.8, 0.65)[i // 3 % 3])
+        for i in codes.tolist()
+    ])  # fmt: skip
+    return (palette * 255).round().astype(np.uint8)[places.reshape(grid.shape)]
 
 
 def _real_colours(grid: Tensor) -> np.ndarray:
