@@ -42,7 +42,7 @@ def sample_set_to_codes(rbm: RBM, sample_set) -> Codes:
         )
     samples = sample_set.change_vartype(_dimod().BINARY, inplace=False)
     columns = [samples.variables.index(bit) for bit in range(rbm.num_bits)]
-    bits = torch.from_numpy(samples.record.sample[:, columns].copy())
+    bits = torch.from_numpy(samples.record.sample[:, columns])
     repeats = torch.from_numpy(samples.record.num_occurrences.copy()).long()
     return bits_to_codes(rbm.spec, bits.repeat_interleave(repeats, dim=0))
 
