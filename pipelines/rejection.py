@@ -64,18 +64,15 @@ def rejection_sample(
     """
     _check(pipeline.prior, score, classifier, keep_fraction, threshold, max_draws)
 
+    @torch.no_grad()
     def draw(owners: list[int], seeds: list[torch.Generator]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Images for their owners, among those asked for, what they are conditional on, and their scores."""
         own = draw_labels(pipeline.prior, seeds) if labels is None else labels[owners]
         codes, _ = draw_codes(pipeline, own, seeds, batch_size=batch_size, progress=None, **options)
         images = decode_codes(pipeline.tokenizer, codes, seeds, batch_size=batch_size).float()
-        with torch.no_grad():
-            scores = [
-                _scores(
-                    pipeline.prior, score, classifier, part, None if own is None else own[start : start + len(part)]
-                )
-                for start, part in zip(range(0, len(images), batch_size), images.split(int(batch_size)))
-            ]
+        parts = images.split(int(batch_size))
+        conditions = [None] * len(parts) if own is None else own.split(int(batch_size))
+        scores = [_scores(pipeline.prior, score, classifier, *pair) for pair in zip(parts, conditions)]
         return images.cpu(), own, torch.cat(scores)
 
     with progress_bar(pipeline, total=len(generators), unit="img", desc="rejection sampling") as bar:
