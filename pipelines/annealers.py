@@ -17,7 +17,11 @@ def binary_quadratic_model(rbm: RBM):
     Raises:
         ValueError: another prior than an RBM, or dimod is not installed.
     """
-    dimod, rbm = _dimod(), uncompiled(rbm)
+    try:
+        import dimod  # an extra, and only needed here
+    except ModuleNotFoundError as error:
+        raise ValueError("annealing samplers need dimod: pip install 'tessera-codes[annealing]'") from error
+    rbm = uncompiled(rbm)
     if not isinstance(rbm, RBM):
         raise ValueError(
             f"annealers are for Boltzmann machines, the prior 'rbm', but this prior is {type(rbm).__name__}"
@@ -40,7 +44,7 @@ def sample_set_to_codes(rbm: RBM, sample_set) -> Codes:
             f"the samples have {len(sample_set.variables)} variables, the RBM has the bits 0 to {rbm.num_bits - 1}; "
             "give samples of its binary_quadratic_model"
         )
-    samples = sample_set.change_vartype(_dimod().BINARY, inplace=False)
+    samples = sample_set.change_vartype("BINARY", inplace=False)
     columns = [samples.variables.index(bit) for bit in range(rbm.num_bits)]
     bits = torch.from_numpy(samples.record.sample[:, columns])
     repeats = torch.from_numpy(samples.record.num_occurrences.copy()).long()
@@ -78,11 +82,3 @@ def most_probable_codes(sampler, rbm: RBM, **options) -> Codes:
     """The codes (1, *shape) of lowest energy that a sampler of `dimod`'s interface finds; the mode, if it is exact."""
     found = sampler.sample(binary_quadratic_model(rbm), **options).slice(1)  # in the order of their energies
     return tuple(code[:1] for code in sample_set_to_codes(rbm, found))
-
-
-def _dimod():
-    try:
-        import dimod  # an extra, and only needed here
-    except ModuleNotFoundError as error:
-        raise ValueError("annealing samplers need dimod: pip install 'tessera-codes[annealing]'") from error
-    return dimod
