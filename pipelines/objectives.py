@@ -19,16 +19,17 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         model: the part that is saved for others.
-        best_metric: the value of `forward` in evaluation by which the best model is kept; lower is better.
     """
 
     model: nn.Module
-    best_metric: str = "nll"
     settling_steps: int = 0  # at first, in which nothing that was counted is a complaint yet
 
     @abstractmethod
     def forward(self, batch: dict, step: int | None = None) -> dict[str, Tensor]:
-        """Scalar losses to be summed while training; (B,) values per image while evaluating."""
+        """Scalar losses to be summed while training; (B,) values per image while evaluating.
+
+        Among those values is "nll", by which the best model is kept; lower is better.
+        """
 
     def initialize(self, batch: dict) -> None:
         """Called once before the first step, with the same batch of training data on every process."""

@@ -415,10 +415,10 @@ class _Run:
             metrics = validate(accelerator, self.module, self.validation_data, size)
             self.log.write(progress.step, {f"validation/{k}": v for k, v in metrics.items()})
             self._complain()
-            name = self.objective.best_metric
-            if not math.isfinite(metrics[name]):
+            nll = metrics["nll"]
+            if not math.isfinite(nll):
                 raise NonFiniteLossError(
-                    f"step {progress.step}: validation {name} is {metrics[name]}; the last state is kept. "
+                    f"step {progress.step}: validation nll is {nll}; the last state is kept. "
                     "Lower training.learning_rate (with another --output), or look at the validation data"
                 )
             # Under FSDP a picture would need all processes to sample together
@@ -429,8 +429,8 @@ class _Run:
             ):
                 with evaluating(self.objective.model):  # batch norm would learn, and wait for the other processes
                     self.on_evaluate(progress.step, self.objective.model)
-            best = progress.best_metrics.get(name, math.inf)
-            if metrics[name] < best:
+            best = progress.best_metrics.get("nll", math.inf)
+            if nll < best:
                 progress.best_step, progress.best_metrics = progress.step, metrics
                 weights = get_weights(self.module)
                 if accelerator.is_main_process:
@@ -441,7 +441,7 @@ class _Run:
         self.log.say(f"step {progress.step}: validation {brief(metrics)}")
         if (progress.step - progress.best_step) // self.config.eval_every == 3:  # said once, not at every evaluation
             self.log.say(
-                f"step {progress.step}: validation {name} {metrics[name]:.4f} has not improved on {best:.4f} of step "
+                f"step {progress.step}: validation nll {nll:.4f} has not improved on {best:.4f} of step "
                 f"{progress.best_step}: the model overfits; the best weights are kept",
             )
 

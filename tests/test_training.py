@@ -636,8 +636,6 @@ SGD = partial(torch.optim.SGD, lr=0.05)
 class Player(Objective):
     """One of two models, the first of which is trained through the second."""
 
-    best_metric = "nll"
-
     def __init__(self, other=None):
         super().__init__()
         self.model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2))
