@@ -534,7 +534,7 @@ def test_what_the_pipeline_refuses_is_refused_with_its_words(watch):
         list(frames(make("vqvae", "gpt"), 2, Choices(top_p=1.5), watch=watch))
 
 
-@pytest.mark.parametrize("count", [0, 6, 2.5, -1, "many", None])
+@pytest.mark.parametrize("count", [0, 6, 2.5, -1, float("inf"), float("nan"), "many", None])
 def test_the_number_of_images_is_limited(count):
     with pytest.raises(ValueError, match=f"the number of images must be an integer from 1 to 5, got {count}"):
         next(frames(make("vqvae", "gpt"), count))
@@ -544,7 +544,7 @@ def test_numbers_may_come_as_floats_as_pages_send_them():
     assert len(next(frames(make("vqvae", "gpt"), 2.0, Choices(top_k=2.0, seed=1.0), watch=False)).images) == 2
 
 
-@pytest.mark.parametrize("number", [-1, 0.5, None, 2**63])
+@pytest.mark.parametrize("number", [-1, 0.5, float("inf"), float("nan"), None, 2**63])
 def test_a_seed_that_is_none_is_refused(number):
     with pytest.raises(ValueError, match=f"seed must be an integer of at least 0, got {number}"):
         Choices(seed=number).options(make("vqvae", "gpt"))

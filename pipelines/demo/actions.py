@@ -155,7 +155,7 @@ class Choices:
         Raises:
             ValueError: a seed that is not an integer of at least 0.
         """
-        if not isinstance(self.seed, (int, float)) or self.seed != int(self.seed) or not 0 <= self.seed < 2**63:
+        if not isinstance(self.seed, (int, float)) or not 0 <= self.seed < 2**63 or self.seed != int(self.seed):
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed}")
         options = {
             "temperature": self.temperature,
@@ -190,7 +190,7 @@ class StoppedError(Exception):
 
 def check_count(name: str, count, most: int) -> int:
     """The count as an integer. Raises ValueError unless it lies in [1, most]: a page's controls bind no program."""
-    if not isinstance(count, (Integral, float)) or count != int(count) or not 1 <= count <= most:
+    if not isinstance(count, (Integral, float)) or not 1 <= count <= most or count != int(count):
         raise ValueError(f"{name} must be an integer from 1 to {most}, got {count}")
     return int(count)
 
