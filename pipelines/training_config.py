@@ -84,17 +84,14 @@ class TrainingConfig:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"training.{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"training.{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"training.seed must lie in [0, 2^63), got {self.seed}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"training.ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if not self.adam_eps > 0:
-            raise ValueError(f"training.adam_eps must be above 0, got {self.adam_eps}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"training.learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("adam_eps", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"training.{name} must be above 0, got {getattr(self, name)}")
         by_graphs = self.compile and self.compile_mode in ("reduce-overhead", "max-autotune")
         if by_graphs and self.gradient_accumulation_steps > 1:
             raise ValueError(
