@@ -149,7 +149,7 @@ class Pipeline:
             prior = checked_part(index, "prior", load_prior(folder / "prior"))
         if text_tokenizer is None and prior is not None and prior.conditional_on_text:
             text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
-        class_names = [name for _, name in sorted(index["id2label"].items(), key=lambda item: int(item[0]))]
+        class_names = [index["id2label"][str(i)] for i in range(len(index["id2label"]))]
         pipeline = cls(
             tokenizer, prior, class_names=class_names, metrics=index["metrics"], evaluations=index["evaluations"],
             text_tokenizer=text_tokenizer,
