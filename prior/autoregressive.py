@@ -127,7 +127,8 @@ class AutoregressivePrior(Prior):
         log_probs, totals = [torch.zeros(num_samples, device=noise.device)], []
         for i in range(length):
             logits = final_logits(steps.send(sent), options, i, length)
-            code = draw(logits, uniform[i], totals)
+            code, total = draw(logits, uniform[i])
+            totals.append(total)
             if given is not None:
                 code = torch.where(known[i], fixed[i], code)
             if with_log_prob:

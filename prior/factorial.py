@@ -50,8 +50,8 @@ class Factorial(Prior):
         drawn = []
         for table, n in zip(self.log_probs(labels), self.spec.lengths):
             logits = filter_logits(table, options).expand(num_samples, -1, -1).flatten(0, 1)
-            code = draw(logits, noise.uniform(n).flatten(), totals := [])
-            check_totals(totals)
+            code, total = draw(logits, noise.uniform(n).flatten())
+            check_totals([total])
             drawn.append((code, log_prob_of(code, logits)))
         codes, log_probs = (
             tuple(part.view(num_samples, *shape) for part, shape in zip(parts, self.spec.shapes))

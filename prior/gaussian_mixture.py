@@ -104,8 +104,8 @@ class GaussianMixture(Prior):
             log_normals = log_normal(fixed.float().unsqueeze(1), means, log_stds)
             # not times `known`: what stands at the other places may be infinitely far
             weights = weights + log_normals.masked_fill(~known.unsqueeze(1), 0.0).sum(dim=2)
-        component = draw(filter_logits(weights, options), uniform, totals := [])
-        check_totals(totals)
+        component, total = draw(filter_logits(weights, options), uniform)
+        check_totals([total])
         if not (means.isfinite().all() and log_stds.isfinite().all()):
             raise ValueError(NOT_NUMBERS)
         z = means[component] + options.temperature * log_stds[component].exp() * normal

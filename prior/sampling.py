@@ -171,20 +171,17 @@ def filter_logits(logits: Tensor, options: SamplingOptions) -> Tensor:
     return logits
 
 
-def draw(logits: Tensor, uniform: Tensor, totals: list[Tensor] | None = None) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (B,) from logits (B, K) and noise (B,) in [0, 1 - 2^-24], the range of `torch.rand`.
 
-    To `totals`, where given, it adds the sums of the probabilities (B, 1), for `check_totals` after the last code.
+    With them come the sums of the probabilities (B, 1), for `check_totals` after the last code.
 
     By the inverse of the cumulative distribution: the same noise gives the same codes on every device, up to rounding,
     unlike `torch.multinomial`; a code of probability zero is never drawn.
     """
     fused = _fused_draw(logits.shape[-1]) if logits.device.type == FUSED_DEVICE else None
     if fused is not None:
-        codes, total = fused(logits, uniform)
-        if totals is not None:
-            totals.append(total)
-        return codes
+        return fused(logits, uniform)
     probabilities = logits.float().softmax(-1)
     cumulative = cumulative_sum(probabilities)
     # u (1 - 2^-24) rounds to less than its other factor in float32, so that the target lies below the largest value
@@ -197,9 +194,7 @@ def draw(logits: Tensor, uniform: Tensor, totals: list[Tensor] | None = None) ->
         cumulative.masked_fill_(probabilities == 0, 0.0)
         total = cumulative.amax(-1, keepdim=True)
         codes = (cumulative > total * uniform[:, None]).int().argmax(-1)  # the first
-    if totals is not None:
-        totals.append(total)
-    return codes
+    return codes, total
 
 
 def _fused_draw(num_codes: int) -> Callable | None:
@@ -226,7 +221,7 @@ def cumulative_sum(probabilities: Tensor) -> Tensor:
 
 
 def check_totals(totals: list[Tensor]) -> None:
-    """Raises ValueError where codes came from what is no distribution, given what `draw` noted.
+    """Raises ValueError where codes came from what is no distribution, given the sums that `draw` gave with them.
 
     Once for all codes: a look at a number makes the processor wait for a GPU.
     """

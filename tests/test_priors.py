@@ -544,7 +544,7 @@ def test_the_cached_sample_equals_that_of_a_loop_over_full_passes(variant, scale
         first, second = ([z for level in logits for z in level.unbind(1)][i] for logits in both)
         stacked = first if scale == 1 else torch.cat([first, second])
         options = SamplingOptions(top_k=3, guidance_scale=scale, guidance_schedule="linear")
-        sequence[:, i] = draw(final_logits(stacked, options, i, LARGER.length), uniform[:, i])
+        sequence[:, i] = draw(final_logits(stacked, options, i, LARGER.length), uniform[:, i])[0]
     generator = torch.Generator().manual_seed(5)
     sampled = prior.sample(n, labels, top_k=3, guidance_scale=scale, guidance_schedule="linear", generator=generator)
     assert LARGER.flatten(sampled).equal(sequence)
