@@ -25,7 +25,7 @@ class Autoencoder(nn.Module):
         features = self.network.features(images)
         first = self.network.infer(features, 0, [])
         latents = torch.cat([first, self.network.infer(features, 1, [first])], dim=1)
-        return (self.network.decode(latents).params - images).square().mean()
+        return (self.network.decode(latents, None, torch.randn_like).params - images).square().mean()
 
 
 def train(rank: int = 0, num_processes: int = 1) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 
@@ -52,9 +51,7 @@ class LatentNetwork(nn.Module, ABC):
         """(B, outputs_per_latent * group_sizes[group]) parameters of q(z_g | x, z_<g); `before` holds z_<g."""
 
     @abstractmethod
-    def decode(
-        self, latents: Tensor, features: Sequence[Tensor] | None = None, noise: Noise | None = torch.randn_like
-    ) -> Decoded:
+    def decode(self, latents: Tensor, features: Sequence[Tensor] | None, noise: Noise | None) -> Decoded:
         """Parameters of p(x | z, h) for latents (B, N).
 
         Local latents h are drawn from q(h | x, z) where features are given, else from p(h | z), with `noise`; None

@@ -109,9 +109,7 @@ class Conv(LatentNetwork):
     def infer(self, features: Sequence[Tensor], group: int, before: Sequence[Tensor]) -> Tensor:
         return self.heads[group](torch.cat([features[0], *before], dim=1))
 
-    def decode(
-        self, latents: Tensor, features: Sequence[Tensor] | None = None, noise: Noise | None = torch.randn_like
-    ) -> Decoded:
+    def decode(self, latents: Tensor, features: Sequence[Tensor] | None, noise: Noise | None) -> Decoded:
         x = self.start(latents).unflatten(1, self.coarsest_shape)
         local = {}
         for i, (stage, latents_here) in enumerate(zip(self.up, self.locals)):

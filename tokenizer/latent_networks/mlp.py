@@ -55,9 +55,7 @@ class MLP(LatentNetwork):
     def infer(self, features: Sequence[Tensor], group: int, before: Sequence[Tensor]) -> Tensor:
         return self.encoders[group](torch.cat([*features, *before], dim=1))
 
-    def decode(
-        self, latents: Tensor, features: Sequence[Tensor] | None = None, noise: Noise | None = torch.randn_like
-    ) -> Decoded:
+    def decode(self, latents: Tensor, features: Sequence[Tensor] | None, noise: Noise | None) -> Decoded:
         return Decoded(self.decoder(latents).unflatten(1, self.params_shape), {})
 
 
