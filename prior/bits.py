@@ -70,10 +70,7 @@ class BitPrior(Prior):
 
     def sides(self, codes: Codes) -> tuple[Tensor, Tensor]:
         """Left (B, num_left) and right (B, num_right) units of codes, as floats."""
-        left, right = (
-            codes_to_bits(self.spec, codes).to(self.energy_dtype).split([self.num_left, self.num_right], dim=1)
-        )
-        return left, right
+        return codes_to_bits(self.spec, codes).to(self.energy_dtype).split([self.num_left, self.num_right], dim=1)
 
 
 def bits_per_code(spec: CodeSpec) -> tuple[int, ...]:
