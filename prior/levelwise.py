@@ -78,7 +78,7 @@ class LevelwisePrior(AutoregressivePrior):
         self.built = structure(*self.networks)
 
     def logits(self, codes: Codes, classes: Tensor) -> tuple[Tensor, ...]:
-        maps = [code.unflatten(1, size) for code, size in zip((code.flatten(1) for code in codes), self.sizes)]
+        maps = [code.reshape(-1, *size) for code, size in zip(codes, self.sizes)]
         conditions = [self._condition(level, maps[:level], classes) for level in range(len(maps))]
         outputs = [network(*inputs) for network, *inputs in zip(self.networks, maps, conditions)]
         return tuple(output.flatten(2).mT for output in outputs)
