@@ -49,8 +49,7 @@ class Concrete(BinaryVAE):
 
         (logits, latents, scaled), features = self.training_pass(images, relax)
         decoded = self.decode_latents(latents, features)
-        prior_logits = torch.cat([self.prior.left_bias, self.prior.right_bias])
-        log_ratio = _log_logistic(scaled - prior_logits) - _log_logistic(scaled - logits)
+        log_ratio = _log_logistic(scaled - self.prior.logits) - _log_logistic(scaled - logits)
         local = self.local_cost(decoded, kl_weight, self.config.num_draws)
         log_weights = kl_weight * log_ratio.sum(dim=1) - self.distortion(decoded, images) - local
         losses = {"bound": importance_weighted(log_weights, self.config.num_draws).mean()}
