@@ -1,7 +1,5 @@
 """Quantization to the signs of the channels."""
 
-from itertools import pairwise
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -119,8 +117,7 @@ def _mean_joint(logits: Tensor) -> Tensor:
     The joint distribution of a position is the outer product of those of its lower and upper bits; the sum of N outer
     products is one product of an N x 2^(n/2) matrix with another.
     """
-    num_bits = logits.shape[1]
-    lower, upper = (_joint(logits[:, start:stop]) for start, stop in pairwise((0, num_bits // 2, num_bits)))
+    lower, upper = (_joint(half) for half in logits.tensor_split([logits.shape[1] // 2], dim=1))
     return (upper.T @ lower / len(logits)).flatten()
 
 
