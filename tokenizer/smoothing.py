@@ -103,7 +103,8 @@ class UniformExponential(Smoothing):
             decayed = -torch.log1p(u * math.expm1(-self.beta)) / self.beta
             distance = torch.where(torch.rand_like(logits) < self.epsilon, u, decayed)
             zeta = torch.where(_bits(logits), 1 - distance, distance)
-            slope = slope_of_mixture(logits, self.density(zeta), self.density(1 - zeta), self._overlap(zeta))
+            overlap = self.cdf(zeta) + self.cdf(1 - zeta) - 1  # F1(zeta) = 1 - F0(1 - zeta)
+            slope = slope_of_mixture(logits, self.density(zeta), self.density(1 - zeta), overlap)
         zeta = zeta + slope * (logits - logits.detach())
         return Relaxed(zeta, self.density(1 - zeta).log() - self.density(zeta).log())
 
@@ -115,9 +116,6 @@ class UniformExponential(Smoothing):
     def cdf(self, zeta: Tensor) -> Tensor:
         """F(zeta | 0)."""
         return (1 - self.epsilon) * torch.expm1(-self.beta * zeta) / math.expm1(-self.beta) + self.epsilon * zeta
-
-    def _overlap(self, zeta: Tensor) -> Tensor:
-        return self.cdf(zeta) + self.cdf(1 - zeta) - 1
 
 
 class Power(Smoothing):
