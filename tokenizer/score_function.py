@@ -88,7 +88,6 @@ class REINFORCE(ScoreFunctionVAE):
     @torch.no_grad()
     def after_step(self) -> None:
         """Moves the running mean and variance, once per step and alike on all processes."""
-        super().after_step()
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
