@@ -339,22 +339,19 @@ class LatentVAE(Tokenizer):
 
 
 def importance_weighted(log_weights: Tensor, num_draws: int) -> Tensor:
-    """A loss with the gradient of minus the k-draw bound (Burda et al. 2016, arXiv:1509.00519), per image, (B,) nats.
-
-    Its value is the bound's too: the log mean of the weights is differentiated as it stands.
-    """
+    """Minus the k-draw bound (Burda et al. 2016, arXiv:1509.00519), (B,) nats, of log weights (B k,)."""
     log_weights = log_weights.unflatten(0, (-1, num_draws))
     return math.log(num_draws) - log_weights.logsumexp(dim=1)
 
 
-def balanced_kl(local: dict[str, LocalGroup], kl_weight: float) -> Tensor | float:
-    """Weighted sum over the groups of local latents, (B,) nats, for training.
+def balanced_kl(local: dict[str, LocalGroup], kl_weight: float) -> Tensor:
+    """Weighted sum over the groups of local latents, of which there is one at least, (B,) nats, for training.
 
     While the KL term warms up, each group's weight is proportional to its mean KL per latent, and the weights sum to
     the number of groups: groups that are hardly used yet cost little. No gradient goes through the weights (Vahdat &
     Kautz 2020, arXiv:2007.03898, appendix A, with the proportionality that its first author corrected).
     """
-    if kl_weight >= 1 or not local:
+    if kl_weight >= 1:
         return kl_weight * local_kl(local)
     per_latent = torch.stack([group.kl.detach().mean() / group.num_dims for group in local.values()])
     per_latent = mean_over_processes(per_latent) + 1e-4
