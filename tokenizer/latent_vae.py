@@ -32,8 +32,6 @@ class LatentVAEConfig(TokenizerConfig):
     """What the configurations of variational autoencoders hold.
 
     Args:
-        image_shape: (C, H, W), taken from the data.
-        preprocessing: how files became images of that shape; the model never reads it.
         network: encoder and decoder, {"type": name, **options}.
         likelihood: p(x | z), {"type": name, **options}.
         num_draws: draws of z per image in training, k.

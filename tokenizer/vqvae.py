@@ -24,8 +24,6 @@ class VQVAEConfig(TokenizerConfig):
     """Configuration of `VQVAE`.
 
     Args:
-        image_shape: (C, H, W), taken from the data.
-        preprocessing: how files became images of that shape; the model never reads it.
         downsample_factor: pixels per code along each side, a power of two; other image sizes are padded.
         latent_dim: channels between the networks and the 1x1 convolutions around the quantizer.
         network: encoder and decoder, {"type": name, **options}.

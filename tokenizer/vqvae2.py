@@ -25,8 +25,6 @@ class VQVAE2Config(TokenizerConfig):
     """Configuration of `VQVAE2`. Lists go from the coarsest level to the finest.
 
     Args:
-        image_shape: (C, H, W), taken from the data.
-        preprocessing: how files became images of that shape; the model never reads it.
         downsample_factors: pixels per code along each side, one power of two per level, each smaller than the one
             before; images are padded to a multiple of the first.
         codebook_sizes: codebook size of each level; None takes the quantizer's for all.
