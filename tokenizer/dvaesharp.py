@@ -43,19 +43,16 @@ def unnormalized_log_marginal(prior: BitPrior, log_ratio: Tensor) -> Tensor:
     also under autocast, as energies are.
     """
     with torch.autocast(log_ratio.device.type, enabled=False):
-        return _log_marginal(prior, log_ratio.to(prior.energy_dtype))
-
-
-def _log_marginal(prior: BitPrior, log_ratio: Tensor) -> Tensor:
-    left = prior.left_bias + log_ratio[:, : len(prior.left_bias)]
-    right = prior.right_bias + log_ratio[:, len(prior.left_bias) :]
-    if isinstance(prior, Bernoulli):
-        return F.softplus(left).sum(dim=1) + F.softplus(right).sum(dim=1)
-    with torch.no_grad():
-        weight, mean_left = prior.weight.to(left.dtype), torch.full_like(left, 0.5)
-        for _ in range(MEAN_FIELD_SWEEPS):
-            mean_right = torch.sigmoid(torch.addmm(right, mean_left, weight))
-            mean_left = torch.sigmoid(torch.addmm(left, mean_right, weight.T))
-        means = torch.cat([mean_left, mean_right], dim=1)
-        entropy = -(torch.special.xlogy(means, means) + torch.special.xlog1py(1 - means, -means)).sum(dim=1)
-    return -prior.energy(mean_left, mean_right) + (log_ratio * means).sum(dim=1) + entropy
+        log_ratio = log_ratio.to(prior.energy_dtype)
+        left = prior.left_bias + log_ratio[:, : prior.num_left]
+        right = prior.right_bias + log_ratio[:, prior.num_left :]
+        if isinstance(prior, Bernoulli):
+            return F.softplus(left).sum(dim=1) + F.softplus(right).sum(dim=1)
+        with torch.no_grad():
+            weight, mean_left = prior.weight.to(left.dtype), torch.full_like(left, 0.5)
+            for _ in range(MEAN_FIELD_SWEEPS):
+                mean_right = torch.sigmoid(torch.addmm(right, mean_left, weight))
+                mean_left = torch.sigmoid(torch.addmm(left, mean_right, weight.T))
+            means = torch.cat([mean_left, mean_right], dim=1)
+            entropy = -(torch.special.xlogy(means, means) + torch.special.xlog1py(1 - means, -means)).sum(dim=1)
+        return -prior.energy(mean_left, mean_right) + (log_ratio * means).sum(dim=1) + entropy

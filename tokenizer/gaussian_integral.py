@@ -93,19 +93,16 @@ def unnormalized_log_density(prior: RBM, zeta: Tensor, beta: float) -> Tensor:
     In float32 or better also under autocast, as energies are: matrices cannot be factorised in less.
     """
     with torch.autocast(zeta.device.type, enabled=False):
-        parameters = (prior.weight, prior.left_bias, prior.right_bias)
-        return _log_density(*(part.to(prior.energy_dtype) for part in (*parameters, zeta)), beta)
-
-
-def _log_density(weight: Tensor, left_bias: Tensor, right_bias: Tensor, zeta: Tensor, beta: float) -> Tensor:
-    left, right = zeta.split([len(left_bias), len(right_bias)], dim=1)
-    gram = weight.T @ weight
-    with torch.no_grad():
-        largest = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()
-        precision = (largest + 5).clamp(min=beta)
-    # Schur's complement: logdet M = n log lambda + logdet(I - W'W / lambda^2)
-    factor = torch.linalg.cholesky(torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - gram / precision**2)
-    logdet = zeta.shape[1] * (precision.log() - math.log(2 * math.pi)) + 2 * factor.diagonal().log().sum()
-    field = torch.cat([right @ weight.T, left @ weight], dim=1) + precision * zeta
-    biases = torch.cat([left_bias, right_bias])
-    return logdet / 2 + (F.softplus(biases + field - precision / 2) - zeta * field / 2).sum(dim=1)
+        parts = (prior.weight, prior.left_bias, prior.right_bias, zeta)
+        weight, left_bias, right_bias, zeta = (part.to(prior.energy_dtype) for part in parts)
+        left, right = zeta.split([prior.num_left, prior.num_right], dim=1)
+        gram = weight.T @ weight
+        with torch.no_grad():
+            largest = torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()
+            precision = (largest + 5).clamp(min=beta)
+        # Schur's complement: logdet M = n log lambda + logdet(I - W'W / lambda^2)
+        factor = torch.linalg.cholesky(torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - gram / precision**2)
+        logdet = zeta.shape[1] * (precision.log() - math.log(2 * math.pi)) + 2 * factor.diagonal().log().sum()
+        field = torch.cat([right @ weight.T, left @ weight], dim=1) + precision * zeta
+        biases = torch.cat([left_bias, right_bias])
+        return logdet / 2 + (F.softplus(biases + field - precision / 2) - zeta * field / 2).sum(dim=1)
