@@ -33,11 +33,11 @@ class FSQ(Quantizer):
 
     def __init__(self, levels: tuple[int, ...] = (8, 5, 5, 5)):
         super().__init__()
-        levels = list(levels)
+        levels = tuple(levels)  # JSON and YAML give lists
         if not levels or any(not isinstance(level, int) or level < 3 for level in levels):
-            raise ValueError(f"levels must be integers of at least 3, e.g. (8, 5, 5, 5), got {tuple(levels)}")
+            raise ValueError(f"levels must be integers of at least 3, e.g. (8, 5, 5, 5), got {levels}")
         if math.prod(levels) > LARGEST_CODE:
-            raise ValueError(f"levels may have a product of 2^63 - 1 at most, to fit into int64, got {tuple(levels)}")
+            raise ValueError(f"levels may have a product of 2^63 - 1 at most, to fit into int64, got {levels}")
         self.in_channels = self.out_channels = len(levels)
         self.vocab_sizes = (math.prod(levels),)
         # integers, which no change of the model's dtype can touch
