@@ -5,7 +5,7 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Literal
@@ -235,7 +235,7 @@ def log_prob_of(codes: Tensor, logits: Tensor) -> Tensor:
 
 
 class ImageNoise:
-    """Uniform noise that each image draws from its own generator.
+    """Noise that each image draws from its own generator.
 
     One generator for the whole batch only draws one seed per image from it, so that image i is the same in a batch of
     any size. Generators live on the CPU by preference: then a picture is the same on every device.
@@ -270,24 +270,18 @@ class ImageNoise:
 
     def integers(self, *shape: int) -> Tensor:
         """(B, *shape) whole numbers from 0 to 2^62 - 1, row i from the generator of image i."""
-        return self._stack(torch.randint(2**62, shape, generator=g, device=g.device) for g in self.generators)
+        return self._draw(lambda row, generator: row.random_(2**62, generator=generator), shape, torch.int64)
 
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) standard normal numbers, row i from the generator of image i."""
         return self._draw(Tensor.normal_, shape)
 
-    def _draw(self, fill: Callable, shape: tuple[int, ...]) -> Tensor:
-        if len({generator.device for generator in self.generators}) > 1:
-            empty = (torch.empty(shape, device=g.device, dtype=torch.float32) for g in self.generators)
-            return self._stack(fill(row, generator=g) for row, g in zip(empty, self.generators))
-        device = self.generators[0].device
-        drawn = torch.empty(len(self.generators), *shape, device=device, dtype=torch.float32)
+    def _draw(self, fill: Callable, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        devices = {generator.device for generator in self.generators}
+        if len(devices) > 1:
+            rows = (torch.empty(shape, dtype=dtype, device=generator.device) for generator in self.generators)
+            return torch.stack([fill(row, generator=g).to(self.device) for row, g in zip(rows, self.generators)])
+        drawn = torch.empty(len(self.generators), *shape, dtype=dtype, device=next(iter(devices), self.device))
         for row, generator in zip(drawn, self.generators):  # a tensor for each takes longer than its numbers
             fill(row, generator=generator)
-        return drawn.to(self.device)
-
-    def _stack(self, draws: Iterable[Tensor]) -> Tensor:
-        draws = list(draws)
-        if len({draw.device for draw in draws}) > 1:
-            draws = [draw.to(self.device) for draw in draws]
-        return torch.stack(draws).to(self.device)  # at once: each copy to a GPU waits for it
+        return drawn.to(self.device)  # at once: each copy to a GPU waits for it
