@@ -128,6 +128,14 @@ def test_codes_of_an_image_do_not_depend_on_the_batch(tokenizer):
             torch.testing.assert_close(level[i : i + 1], single)
 
 
+def test_no_images_have_no_codes_and_no_codes_are_no_images(tokenizer):
+    images = random_images(tokenizer, batch=0)
+    codes = trained(tokenizer).encode(images)
+    tokenizer.spec.check(codes)
+    assert len(codes[0]) == len(tokenizer.draw_posterior(images).log_q) == 0
+    assert tokenizer.decode(codes, seed()).shape == tokenizer(images).images.shape == images.shape
+
+
 def test_codes_depend_on_the_image(tokenizer):
     with torch.no_grad():
         for parameter in tokenizer.parameters():  # a fresh network hardly looks at its input

@@ -175,7 +175,7 @@ class Tokenizer(nn.Module, ABC):
 
         Here nll is the decoder's, in nats/dim, at the codes that the image was encoded to.
         """
-        return {"nll": self.nll(images, output.codes) / images[0].numel()}
+        return {"nll": self.nll(images, output.codes) / images.shape[1:].numel()}
 
     def complaints(self) -> dict[str, str]:
         """What is wrong with the latents beyond their counts, by subject; with numbers and advice."""

@@ -198,7 +198,7 @@ class LatentVAE(Tokenizer):
         rate = draw.log_q - self.log_prior(draw.codes)
         negative_elbo = rate - draw.log_likelihood
         return {
-            "nll": negative_elbo / images[0].numel(),
+            "nll": negative_elbo / images.shape[1:].numel(),
             "negative_elbo": negative_elbo,
             "distortion": -draw.log_likelihood,
             "kl": rate,

@@ -84,7 +84,7 @@ class _LocationScale(Likelihood):
         some_params, some_images = (x.detach().flatten(1)[:, self.fitted_values] for x in (params, images))
         return {
             "reconstruction": self.reconstruction_loss(location, images),
-            "nll": self.nll(some_params, some_images).mean() / some_images[0].numel(),
+            "nll": self.nll(some_params, some_images).mean() / some_images.shape[1:].numel(),
         }
 
     def nll(self, params: Tensor, images: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class Categorical(Likelihood):
         self.num_channels = image_channels * self.num_values
 
     def losses(self, params: Tensor, images: Tensor) -> dict[str, Tensor]:
-        return {"reconstruction": self.nll(params, images).mean() / images[0].numel()}
+        return {"reconstruction": self.nll(params, images).mean() / images.shape[1:].numel()}
 
     def nll(self, params: Tensor, images: Tensor) -> Tensor:
         values = _pixel_values(images, self.num_values).long()
@@ -247,7 +247,7 @@ class LogisticMixture(Likelihood):
         self.num_channels = num_components * (1 + 2 * image_channels + image_channels * (image_channels - 1) // 2)
 
     def losses(self, params: Tensor, images: Tensor) -> dict[str, Tensor]:
-        return {"reconstruction": self.nll(params, images).mean() / images[0].numel()}
+        return {"reconstruction": self.nll(params, images).mean() / images.shape[1:].numel()}
 
     def nll(self, params: Tensor, images: Tensor) -> Tensor:
         logits, locations, log_scales, coefficients = self._split(params)

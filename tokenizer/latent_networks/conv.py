@@ -148,7 +148,7 @@ class LocalLatents(nn.Module):
         kl = (shift.square() + torch.exp(2 * log_ratio) - 1) / 2 - log_ratio
         standardized = (e - shift) * torch.exp(-log_ratio)
         log_p_over_q = (standardized.square() - e.square()) / 2 + log_ratio
-        group = LocalGroup(kl.flatten(1).sum(1), log_p_over_q.flatten(1).sum(1), kl[0].numel())
+        group = LocalGroup(kl.flatten(1).sum(1), log_p_over_q.flatten(1).sum(1), kl.shape[1:].numel())
         return x + self._merged(mean + log_scale.exp() * e), group
 
     def _merged(self, h: Tensor) -> Tensor:

@@ -22,6 +22,6 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(math.gcd(num_groups, channels), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        num_groups = 1 if x[0].numel() == self.num_groups else self.num_groups
+        num_groups = 1 if x.shape[1:].numel() == self.num_groups else self.num_groups
         # not torch.nn.functional's, which refuses a single image of one value a group
         return torch.group_norm(x, num_groups, self.weight, self.bias, self.eps)
