@@ -124,19 +124,15 @@ def estimated_log_partition(
     """
     if len(parameters.left_bias) > len(parameters.right_bias):
         parameters, left, right = parameters.transposed(), right, left
-    base_left, base_right = (_log_odds(side) for side in (left, right))
+    base_left, base_right = _log_odds(left), _log_odds(right)
     base_log_partition = sum(F.softplus(in_float64(base)).sum().item() for base in (base_left, base_right))
     times = torch.linspace(0, 1, num_temperatures, dtype=torch.float64).tolist()
 
     start = torch.empty_like(left)
     BitDrawer(*left.shape, left, generator).draw_(base_left.expand_as(left).clone(), out=start)
-    each = num_temperatures - 1
-    forward, backward = (
-        annealed_log_weights(
-            parameters, base_left, base_right, state, path, generator, lambda done, of=of: callback(of + done, 2 * each)
-        )
-        for state, path, of in ((start, times, 0), (left, times[::-1], each))
-    )
+    ends, each = (parameters, base_left, base_right), num_temperatures - 1
+    forward = annealed_log_weights(*ends, start, times, generator, lambda done: callback(done, 2 * each))
+    backward = annealed_log_weights(*ends, left, times[::-1], generator, lambda done: callback(each + done, 2 * each))
 
     lower = base_log_partition + log_mean_exp(forward)
     upper = base_log_partition - log_mean_exp(backward)
