@@ -47,21 +47,18 @@ class Factorial(Prior):
         return self._sample_by_steps(*arguments, None).codes
 
     def _sample_by_steps(self, num_samples, labels, options, noise, given, callback, codes_callback) -> Sampled:
-        drawn = []
-        for table, n in zip(self.log_probs(labels), self.spec.lengths):
+        codes, log_probs = [], []
+        for table, shape in zip(self.log_probs(labels), self.spec.shapes):
             logits = filter_logits(table, options).expand(num_samples, -1, -1).flatten(0, 1)
-            code, total = draw(logits, noise.uniform(n).flatten())
+            code, total = draw(logits, noise.uniform(*shape).flatten())
             check_totals([total])
-            drawn.append((code, log_prob_of(code, logits)))
-        codes, log_probs = (
-            tuple(part.view(num_samples, *shape) for part, shape in zip(parts, self.spec.shapes))
-            for parts in zip(*drawn)
-        )
+            codes.append(code.view(num_samples, *shape))
+            log_probs.append(log_prob_of(code, logits).view(num_samples, *shape))
         if given is not None:
-            codes = tuple(torch.where(known, fixed, code) for fixed, known, code in zip(*given, codes))
-            log_probs = tuple(part.masked_fill(known, 0.0) for part, known in zip(log_probs, given[1]))
+            codes = [torch.where(known, fixed, code) for fixed, known, code in zip(*given, codes)]
+            log_probs = [part.masked_fill(known, 0.0) for part, known in zip(log_probs, given[1])]
         callback(self.spec.length, self.spec.length)
         if codes_callback is not None:  # all of them come at once
             arrived = tuple(torch.ones_like(code, dtype=torch.bool) for code in codes)
             codes_callback(tuple(code.clone() for code in codes), arrived)
-        return Sampled(codes, self.spec.flatten(log_probs).sum(dim=1))
+        return Sampled(tuple(codes), self.spec.flatten(log_probs).sum(dim=1))
