@@ -174,17 +174,13 @@ def structure(*networks: nn.Module) -> list[tuple[type, bool, bool]]:
     such as weight_norm, change nothing here, since to read the weight is to compute it. Hooks that torch calls for
     every module are not seen.
     """
-    layers = [
-        layer
-        for network in networks
-        for name, layer in network.named_modules()
-        if "parametrizations" not in name.split(".")
-    ]
     return [
         (
             type_before_parametrizations(layer),
             layer._parameters.get("bias") is not None,
             bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)),
         )
-        for layer in layers
+        for network in networks
+        for name, layer in network.named_modules()
+        if "parametrizations" not in name.split(".")
     ]
